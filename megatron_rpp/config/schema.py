@@ -1,0 +1,268 @@
+"""The configuration: one frozen dataclass a section, one docstring a field.
+
+No torch here: `rpp --help` and validation answer before anything heavy is imported.
+The string under each field is its documentation; `rpp train --help` prints it.
+Defaults are the paper's Table 1 (arXiv 2501.03262) where it names a value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run writes, and how long it is."""
+
+    dir: str = "runs/default"
+    """Run directory: resolved config, metrics, rollouts, logs and checkpoints."""
+    seed: int = 0
+    """Seeds the prompt order, the sampling and every random-number generator."""
+    steps: int = 98
+    """Rollout batches to train on. 98 x 256 prompts is the paper's 25,000 samples."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy; the reference is a frozen copy of it."""
+
+    path: str = ""
+    """Hugging Face directory (config.json, safetensors, tokenizer) that the policy starts from."""
+    dtype: str = "float32"
+    """Parameter and activation type: float32 or bfloat16."""
+    layer_spec: str = "auto"
+    """Megatron layer spec: te (Transformer Engine), local, or auto (te where it and CUDA exist)."""
+    vocab_divisor: int = 1
+    """The vocabulary is padded to a multiple of this times parallel.tensor (64 or 128 suits GPUs)."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How many ranks share the model; their product is the job's world size."""
+
+    tensor: int = 1
+    """Tensor-parallel size (TP)."""
+    pipeline: int = 1
+    """Pipeline-parallel size (PP)."""
+    virtual_pipeline: int = 1
+    """Model chunks on each pipeline stage (interleaved schedule); 1 turns it off."""
+    sequence: bool = False
+    """Sequence parallelism: norms and residuals split over the TP ranks. Needs tensor > 1."""
+    data: int = 1
+    """Data-parallel size (DP): replicas of the model, each with its own prompts."""
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """REINFORCE++ (arXiv 2501.03262): advantages and policy loss."""
+
+    num_samples_per_prompt: int = 4
+    """Responses sampled for each prompt."""
+    kl_coef: float = 0.001
+    """beta: weight of the per-token KL penalty in the reward (the paper: 0.001 math, 0.01 general)."""
+    kl_estimator: str = "k1"
+    """Per-token KL estimator: k1, k2 or k3."""
+    kl_clamp: float = 10.0
+    """k1 is clamped to +- this before use."""
+    gamma: float = 1.0
+    """Discount of the return from one response token to the next."""
+    clip_eps_low: float = 0.2
+    """PPO clip: the ratio is cut below 1 - clip_eps_low."""
+    clip_eps_high: float = 0.2
+    """PPO clip: the ratio is cut above 1 + clip_eps_high."""
+    log_ratio_clamp: float = 20.0
+    """The log-ratio is clamped to +- this before exp."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Sampling by SGLang."""
+
+    num_prompts: int = 256
+    """Prompts sampled in one step, over all data-parallel replicas (the paper's rollout batch)."""
+    max_response_tokens: int = 1024
+    """Longest response; a longer one is truncated and counted as such."""
+    context_length: int = 2048
+    """Longest prompt plus response, in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probs everywhere are those of the tempered distribution."""
+    top_p: float = 1.0
+    """Nucleus sampling; below 1 the engine's log-probs differ from the trainer's by design."""
+    urls: tuple[str, ...] = ()
+    """Running SGLang servers to attach to; empty: the trainer spawns its own."""
+    port: int = 0
+    """Port of the spawned server on loopback; 0 takes a free one."""
+    server_tensor: int = 1
+    """Tensor-parallel size of the spawned server."""
+    server_args: tuple[str, ...] = ()
+    """More arguments for `sglang.launch_server`, as on its command line."""
+    max_total_tokens: int = 20_000
+    """KV-cache size of the spawned server, in tokens (CPU only; a GPU server sizes its own)."""
+    startup_deadline_s: float = 300.0
+    """A spawned server must be healthy within this time."""
+    request_deadline_s: float = 600.0
+    """One step's sampling must end within this time."""
+    max_concurrent_requests: int = 64
+    """Requests in flight at once; a request holds the samples of one prompt."""
+    max_retries: int = 3
+    """Times that a failed request is sent again, and that a dead server is restarted in one step."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """How a response is scored."""
+
+    kind: str = "math_answer"
+    """math_answer (verifies the final answer with math-verify) or reasoning_gym (the task's own verifier)."""
+    correct: float = 1.0
+    """Reward of a right answer."""
+    wrong: float = 0.0
+    """Reward of a wrong answer."""
+    time_limit_s: float = 5.0
+    """Limit for verifying one answer; past it the answer counts as wrong."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of prompts."""
+
+    kind: str = "jsonl"
+    """jsonl (one object a line with `prompt` and `answer`) or reasoning_gym (procedural)."""
+    path: str = ""
+    """File of a jsonl source."""
+    task: str = ""
+    """Task name of a reasoning_gym source, such as chain_sum."""
+    task_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the reasoning_gym task."""
+    size: int = 25_000
+    """Problems to generate (reasoning_gym) or the most to read (jsonl)."""
+    seed: int = 0
+    """Seed of a reasoning_gym source; give train and eval different ones."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts for training and evaluation."""
+
+    train: SourceConfig = field(default_factory=SourceConfig)
+    """Training prompts."""
+    eval: SourceConfig = field(default_factory=lambda: SourceConfig(size=0))
+    """Held-out prompts; size 0 turns evaluation off."""
+    prompt_template: str = "{prompt}"
+    """Text of a prompt; names in braces are keys of the JSONL object or of the reasoning-gym entry."""
+    chat_template: bool = False
+    """Wrap the prompt as a user turn in the tokenizer's chat template."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimizer steps on one rollout batch."""
+
+    batch_size: int = 128
+    """Responses in one optimizer step, over all replicas (the paper's train batch)."""
+    micro_batch_size: int = 8
+    """Responses in one forward-backward pass of one replica."""
+    logprob_chunk_tokens: int = 1024
+    """Tokens whose float32 logits exist at once while log-probs are computed."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam with decoupled weight decay, in Megatron-Core."""
+
+    lr: float = 5e-7
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the schedule."""
+    lr_schedule: str = "constant"
+    """constant, linear or cosine decay from lr to min_lr over the whole run."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    adam_beta1: float = 0.9
+    """Adam's first-moment decay."""
+    adam_beta2: float = 0.95
+    """Adam's second-moment decay."""
+    adam_eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_grad: float = 1.0
+    """Global gradient-norm limit; 0 turns clipping off."""
+    distributed: bool = True
+    """Split the optimizer state over the data-parallel ranks."""
+
+
+@dataclass(frozen=True)
+class WeightSyncConfig:
+    """How trained weights reach the servers."""
+
+    transport: str = "broadcast"
+    """broadcast (one process group a pipeline stage; gloo or NCCL) or disk (safetensors)."""
+    bucket_mb: int = 256
+    """Size of one bucket of gathered weights."""
+    deadline_s: float = 300.0
+    """One sync must end within this time."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out accuracy during training."""
+
+    interval: int = 10
+    """Steps between evaluations; the first and the last step are always evaluated. 0: never."""
+    num_prompts: int = 256
+    """Prompts of one evaluation."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Megatron distributed checkpoints in the run directory."""
+
+    interval: int = 20
+    """Steps between checkpoints; the last step is always saved. 0: never."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Supervised warm start (`rpp sft`)."""
+
+    init: str = ""
+    """Hugging Face directory to start from."""
+    data: str = ""
+    """JSONL file of demonstrations: `prompt` and `response` (or `answer`)."""
+    output: str = ""
+    """Hugging Face directory that is written; usually the model.path of `rpp train`."""
+    steps: int = 500
+    """Optimizer steps."""
+    batch_size: int = 128
+    """Demonstrations in one optimizer step, over all replicas."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the schedule."""
+    lr_schedule: str = "linear"
+    """constant, linear or cosine."""
+    warmup_steps: int = 20
+    """Optimizer steps of linear warm-up."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sft: SftConfig = field(default_factory=SftConfig)

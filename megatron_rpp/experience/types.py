@@ -1,0 +1,71 @@
+"""What flows through the loop: Prompt -> Rollout -> ExperienceBatch.
+
+Every [B, S] tensor is aligned with `tokens`: position t holds what belongs to token t, so
+`old_logprobs[b, t]` is log p(tokens[b, t] | tokens[b, :t]); position 0 is always 0.
+
+    tokens     [ P  P  P  r  r  e  . ]     P prompt, r response, e end token, . padding
+    loss_mask  [ 0  0  0  1  1  1  0 ]
+    logprobs   [ 0  .  .  x  x  x  . ]     only x is ever used
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem, tokenized."""
+
+    id: int  # position in its source; unique there
+    text: str
+    token_ids: tuple[int, ...]
+    answer: str
+    metadata: dict[str, Any] = field(default_factory=dict)  # what a verifier may want
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response. `response_ids` ends with the stop token when finish_reason is "stop"."""
+
+    prompt: Prompt
+    group_id: int  # same for all samples of one prompt in one step
+    response_ids: tuple[int, ...]
+    rollout_logprobs: tuple[float, ...]  # the engine's, one a response token
+    text: str  # the response, decoded, without special tokens
+    finish_reason: str  # stop | length | abort
+    policy_version: int  # of the weights that sampled it
+
+    @property
+    def is_truncated(self) -> bool:
+        return self.finish_reason != "stop"
+
+
+@dataclass(frozen=True)
+class ExperienceBatch:
+    """One replica's rollouts as tensors; scoring and advantages add the optional ones."""
+
+    tokens: Tensor  # [B, S] int64, padded on the right
+    loss_mask: Tensor  # [B, S] float32, 1 on trained response tokens
+    rollout_logprobs: Tensor  # [B, S] float32, 0 where loss_mask is 0
+    rewards: Tensor  # [B] float32
+    group_ids: Tensor  # [B] int64
+    old_logprobs: Tensor | None = None  # [B, S] float32
+    ref_logprobs: Tensor | None = None  # [B, S] float32
+    advantages: Tensor | None = None  # [B, S] float32, 0 where loss_mask is 0
+
+    def __len__(self) -> int:
+        return int(self.tokens.shape[0])
+
+    def rows(self, index: Tensor) -> ExperienceBatch:
+        """The sequences at `index` [N]."""
+        picked = {k: v[index] for k, v in self.tensors().items()}
+        return ExperienceBatch(**picked)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are present, by field name."""
+        return {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
