@@ -1,0 +1,131 @@
+"""From TOML files and `--section.key=value` to a Config. Unknown keys and wrong types are errors."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_origin
+
+from megatron_rpp.config.errors import ConfigError
+from megatron_rpp.config.fields import build, fields
+from megatron_rpp.config.schema import Config
+from megatron_rpp.config.toml_text import dump_toml
+
+__all__ = ["ConfigError", "describe", "dump_toml", "load_config"]
+
+COMMAND_LINE = "the command line"
+
+
+def load_config(toml_paths: Sequence[str], overrides: Sequence[str]) -> Config:
+    """The defaults, then each file from left to right, then each `--section.key=value`.
+
+    A later value replaces an earlier one whole, lists and `task_args` included.
+
+    Raises:
+        ConfigError: a file that cannot be read or parsed, an unknown key, or a wrong type.
+    """
+    values: dict[str, Any] = {}
+    for path in toml_paths:
+        for key, value in _leaves(_read_toml(path), ""):
+            values[key] = _checked(key, value, path)
+    for override in overrides:
+        key, value = _parse_override(override)
+        values[key] = value
+    return build(values)
+
+
+def describe() -> list[tuple[str, str, Any, str]]:
+    """(key, type, default, docstring) of every setting, for `--help`."""
+    return [(item.key, type_name(item.type), item.default, item.doc) for item in fields().values()]
+
+
+def type_name(kind: Any) -> str:
+    """The type as a user writes it."""
+    if get_origin(kind) is tuple:
+        return "list of str"
+    return "table" if get_origin(kind) is dict else str(kind.__name__)
+
+
+def _read_toml(path: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read configuration {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+def _leaves(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value); a table is descended into unless it is a table-valued setting."""
+    for name, value in table.items():
+        key = prefix + name
+        if isinstance(value, dict) and value and key not in fields():
+            yield from _leaves(value, key + ".")
+        elif not (value == {} and _is_section(key)):
+            yield key, value
+
+
+def _is_section(key: str) -> bool:
+    return any(known.startswith(key + ".") for known in fields())
+
+
+def _require_known(key: str, origin: str) -> None:
+    if key in fields():
+        return
+    if _is_section(key):
+        raise ConfigError(f"{key} in {origin} is a section; set one of its keys, such as {_first_key(key)}")
+    raise ConfigError(f"unknown key {key} in {origin}; {_suggestion(key)}")
+
+
+def _first_key(section: str) -> str:
+    return next(known for known in fields() if known.startswith(section + "."))
+
+
+def _suggestion(key: str) -> str:
+    """The setting that was most likely meant: the same name in another section, else the nearest spelling."""
+    same_name = [known for known in fields() if known.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    near = difflib.get_close_matches(key, same_name or list(fields()), n=1, cutoff=0.0 if same_name else 0.6)
+    return f"did you mean {near[0]}?" if near else "`rpp train --help` lists every key"
+
+
+def _checked(key: str, value: Any, origin: str) -> Any:
+    """`value` from TOML as the setting's type. Only int -> float and list -> tuple are converted."""
+    _require_known(key, origin)
+    kind = fields()[key].type
+    if get_origin(kind) is tuple:
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+    elif get_origin(kind) is dict:
+        if isinstance(value, dict):
+            return value
+    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif type(value) is kind:  # not isinstance: a bool is an int in Python
+        return value
+    raise ConfigError(f"{key}={value!r} in {origin} must be of type {type_name(kind)}")
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    key = name.removeprefix("--")
+    if not name.startswith("--") or not equals:
+        raise ConfigError(f"cannot read the argument {text!r}; settings are written --section.key=value")
+    _require_known(key, COMMAND_LINE)
+    kind = fields()[key].type
+    try:
+        return key, _checked(key, _parse_value(value, kind), COMMAND_LINE)
+    except ValueError as error:
+        raise ConfigError(f"{key}={value} on {COMMAND_LINE} must be of type {type_name(kind)}") from error
+
+
+def _parse_value(text: str, kind: Any) -> Any:
+    """The text of an override as `kind`. Raises ValueError."""
+    if kind is bool:
+        return {"true": True, "false": False}.get(text, text)
+    if kind in (int, float, str):
+        return kind(text)
+    if get_origin(kind) is tuple and not text.startswith("["):
+        return [item.strip() for item in text.split(",") if item.strip()]
+    return tomllib.loads(f"value = {text}")["value"]

@@ -1,0 +1,44 @@
+"""A Config as TOML text; reading it back gives the same Config."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from typing import Any
+
+from megatron_rpp.config.fields import flatten
+from megatron_rpp.config.schema import Config
+
+
+def dump_toml(config: Config) -> str:
+    """The resolved configuration as TOML, every key written out."""
+    lines: list[str] = []
+    open_section = ""
+    for key, value in flatten(config).items():
+        section, _, name = key.rpartition(".")
+        if section != open_section:
+            lines += ["", f"[{section}]"] if lines else [f"[{section}]"]
+            open_section = section
+        lines.append(f"{name} = {_value(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str):
+        return _string(value)
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        pairs = (f"{_string(str(name))} = {_value(item)}" for name, item in value.items())
+        return "{" + ", ".join(pairs) + "}"
+    assert isinstance(value, datetime.date | datetime.time), f"TOML cannot hold {value!r}"
+    return value.isoformat()
+
+
+def _string(text: str) -> str:
+    # JSON's escapes are TOML's, but for DEL, which JSON leaves bare and TOML forbids.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,74 @@
+"""The few collectives the trainer needs, by what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_rpp.parallel.context import ParallelContext
+
+T = TypeVar("T")
+
+
+def sum_over(group: ProcessGroup) -> Callable[[Tensor], Tensor]:
+    """An all-reduce (sum) over `group` as a function of a tensor; the argument is left as it was."""
+
+    def reduce(x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    return reduce
+
+
+def from_last_stage(parallel: ParallelContext, compute: Callable[[], T]) -> T:
+    """Run `compute` on the last pipeline stage only and return its result on every stage."""
+    result = compute() if parallel.is_last_stage else None
+    return share(parallel.pp_group, result, source=parallel.pp_size - 1)
+
+
+def from_replica_leader(parallel: ParallelContext, compute: Callable[[], T]) -> T:
+    """Run `compute` on each replica's first rank and return its result on the whole replica.
+
+    An exception there is raised on every rank of the replica, so that no rank waits for ever.
+    """
+    outcome: tuple[T | None, Exception | None] = (None, None)
+    if parallel.is_replica_leader:
+        try:
+            outcome = (compute(), None)
+        except Exception as error:
+            outcome = (None, error)
+    result, error = share(parallel.replica_group, outcome, source=0)
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def share(group: ProcessGroup, value: T | None, source: int) -> T:
+    """Broadcast any picklable `value` from group rank `source`."""
+    if group.size() == 1:
+        return value  # type: ignore[return-value]
+    box = [value]
+    dist.broadcast_object_list(box, group=group, group_src=source)
+    return box[0]  # type: ignore[return-value]
+
+
+def gather_objects(value: T, group: ProcessGroup | None = None) -> list[T]:
+    """Every rank's small `value`, in rank order, on every rank (the whole job where group is None)."""
+    values: list[T] = [value] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def gather_shards(shard: Tensor, group: ProcessGroup) -> list[Tensor]:
+    """The equally shaped shards of every rank of `group`, in rank order."""
+    if group.size() == 1:
+        return [shard]
+    shards = [torch.empty_like(shard) for _ in range(group.size())]
+    dist.all_gather(shards, shard.contiguous(), group=group)
+    return shards

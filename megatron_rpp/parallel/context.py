@@ -1,0 +1,61 @@
+"""Where this rank stands: sizes, ranks and process groups under the glossary's names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """One rank's place in the TP x PP x DP grid.
+
+    A replica is one whole copy of the model: the TP x PP ranks that share a data-parallel index.
+    """
+
+    tp_group: ProcessGroup
+    pp_group: ProcessGroup
+    dp_group: ProcessGroup  # same model shard, other replicas
+    replica_group: ProcessGroup  # Megatron's model-parallel group: TP x PP
+    vpp_size: int
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def tp_size(self) -> int:
+        return self.tp_group.size()
+
+    @property
+    def tp_rank(self) -> int:
+        return self.tp_group.rank()
+
+    @property
+    def pp_size(self) -> int:
+        return self.pp_group.size()
+
+    @property
+    def pp_rank(self) -> int:
+        return self.pp_group.rank()
+
+    @property
+    def dp_size(self) -> int:
+        return self.dp_group.size()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.dp_group.rank()
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_replica_leader(self) -> bool:
+        """The rank that talks to the rollout engine for its replica."""
+        return self.replica_group.rank() == 0
