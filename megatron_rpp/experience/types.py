@@ -56,6 +56,7 @@ class ExperienceBatch:
     group_ids: Tensor  # [B] int64
     old_logprobs: Tensor | None = None  # [B, S] float32
     ref_logprobs: Tensor | None = None  # [B, S] float32
+    entropy: Tensor | None = None  # [B, S] float32, of the policy's distribution at each token
     advantages: Tensor | None = None  # [B, S] float32, 0 where loss_mask is 0
 
     def __len__(self) -> int:

@@ -58,6 +58,20 @@ def share(group: ProcessGroup, value: T | None, source: int) -> T:
     return box[0]  # type: ignore[return-value]
 
 
+def share_tensors(
+    group: ProcessGroup, tensors: dict[str, Tensor] | None, source: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Broadcast named tensors from group rank `source`; the others pass None."""
+    if group.size() == 1:
+        assert tensors is not None
+        return tensors
+    shapes = share(group, {k: (v.shape, v.dtype) for k, v in tensors.items()} if tensors else None, source)
+    received = tensors or {k: torch.empty(shape, dtype=dtype, device=device) for k, (shape, dtype) in shapes.items()}
+    for name in shapes:
+        dist.broadcast(received[name], group=group, group_src=source)
+    return received
+
+
 def gather_objects(value: T, group: ProcessGroup | None = None) -> list[T]:
     """Every rank's small `value`, in rank order, on every rank (the whole job where group is None)."""
     values: list[T] = [value] * dist.get_world_size(group)

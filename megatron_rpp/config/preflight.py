@@ -1,0 +1,45 @@
+"""What only the launching host can tell: is the port free, is the run directory free."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+from megatron_rpp.config.errors import ConfigError
+from megatron_rpp.config.schema import Config
+
+
+def check_host(config: Config, *, resume: bool) -> None:
+    """For the launcher or rank 0, before anything is spawned or written. Raises ConfigError."""
+    check_port(config)
+    check_run_dir(config.run.dir, resume=resume)
+
+
+def check_port(config: Config) -> None:
+    """The port of the server that the trainer would spawn is free."""
+    if config.rollout.urls or config.rollout.port == 0:
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        # Lets a port in TIME_WAIT, left by a server that has just ended, pass; a listening one still fails.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", config.rollout.port))
+        except PermissionError as error:
+            raise ConfigError(
+                f"rollout.port={config.rollout.port} needs privileges; choose one above 1023"
+            ) from error
+        except OSError as error:
+            wanted = f"rollout.port={config.rollout.port}"
+            raise ConfigError(f"{wanted} is in use on 127.0.0.1; choose another, or 0 for a free one") from error
+
+
+def check_run_dir(run_dir: str, *, resume: bool) -> None:
+    """A run is never overwritten: its metrics are continued with --resume, or the new run goes elsewhere."""
+    path = Path(run_dir)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"run.dir={run_dir} must be a directory; a file is there")
+    metrics = path / "metrics.jsonl"
+    if not resume and metrics.exists() and metrics.stat().st_size:
+        raise ConfigError(
+            f"run.dir={run_dir} already holds a run; pass --resume to continue it, or another --run.dir"
+        )

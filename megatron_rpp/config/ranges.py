@@ -1,0 +1,126 @@
+"""What each setting may be, taken by itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_rpp.config.errors import ConfigError
+from megatron_rpp.config.fields import fields, flatten
+from megatron_rpp.config.schema import Config
+
+LR_SCHEDULES = ("constant", "linear", "cosine")
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.dtype": ("float32", "bfloat16"),
+    "model.layer_spec": ("auto", "te", "local"),
+    "algorithm.kl_estimator": ("k1", "k2", "k3"),
+    "reward.kind": ("math_answer", "reasoning_gym"),
+    "data.train.kind": ("jsonl", "reasoning_gym"),
+    "data.eval.kind": ("jsonl", "reasoning_gym"),
+    "optimizer.lr_schedule": LR_SCHEDULES,
+    "sft.lr_schedule": LR_SCHEDULES,
+    "weight_sync.transport": ("broadcast", "disk"),
+}
+
+
+@dataclass(frozen=True)
+class Range:
+    """A condition, in words and as code."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+AT_LEAST_1 = Range("at least 1", lambda x: x >= 1)
+NOT_NEGATIVE = Range("at least 0", lambda x: x >= 0)
+POSITIVE = Range("above 0", lambda x: x > 0)
+FRACTION = Range("between 0 and 1", lambda x: 0 <= x <= 1)
+BELOW_1 = Range("at least 0 and below 1", lambda x: 0 <= x < 1)
+NONZERO_FRACTION = Range("above 0 and at most 1", lambda x: 0 < x <= 1)
+PORT = Range("a port from 1 to 65535, or 0 for a free one", lambda x: 0 <= x <= 65535)
+NOT_EMPTY = Range("set", lambda x: x != "")
+
+RANGES: dict[Range, tuple[str, ...]] = {
+    NOT_EMPTY: ("run.dir",),
+    AT_LEAST_1: (
+        "run.steps",
+        "model.vocab_divisor",
+        "parallel.tensor",
+        "parallel.pipeline",
+        "parallel.virtual_pipeline",
+        "parallel.data",
+        "algorithm.num_samples_per_prompt",
+        "rollout.num_prompts",
+        "rollout.max_response_tokens",
+        "rollout.context_length",
+        "rollout.server_tensor",
+        "rollout.max_total_tokens",
+        "rollout.max_concurrent_requests",
+        "train.batch_size",
+        "train.micro_batch_size",
+        "train.logprob_chunk_tokens",
+        "weight_sync.bucket_mb",
+        "eval.num_prompts",
+        "checkpoint.keep",
+        "sft.steps",
+        "sft.batch_size",
+        "data.train.size",
+    ),
+    NOT_NEGATIVE: (
+        "run.seed",
+        "data.train.seed",
+        "data.eval.seed",
+        "data.eval.size",
+        "algorithm.kl_coef",
+        "algorithm.clip_eps_high",
+        "rollout.max_retries",
+        "optimizer.lr",
+        "optimizer.min_lr",
+        "optimizer.warmup_steps",
+        "optimizer.weight_decay",
+        "optimizer.clip_grad",
+        "eval.interval",
+        "checkpoint.interval",
+        "sft.lr",
+        "sft.min_lr",
+        "sft.warmup_steps",
+    ),
+    POSITIVE: (
+        "algorithm.kl_clamp",
+        "algorithm.log_ratio_clamp",
+        "rollout.temperature",
+        "rollout.startup_deadline_s",
+        "rollout.request_deadline_s",
+        "reward.time_limit_s",
+        "optimizer.adam_eps",
+        "weight_sync.deadline_s",
+    ),
+    FRACTION: ("algorithm.gamma",),
+    BELOW_1: ("algorithm.clip_eps_low", "optimizer.adam_beta1", "optimizer.adam_beta2"),
+    NONZERO_FRACTION: ("rollout.top_p",),
+    PORT: ("rollout.port",),
+}
+
+
+def check_ranges(config: Config) -> None:
+    """Every setting is one of its choices or within its range. Raises ConfigError."""
+    values = flatten(config)
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{key}={value} must be a finite number")
+    for key, choices in CHOICES.items():
+        if values[key] not in choices:
+            raise ConfigError(f"{key}={values[key]} must be one of: {', '.join(choices)}")
+    for wanted, keys in RANGES.items():
+        for key in keys:
+            if not wanted.holds(values[key]):
+                raise ConfigError(f"{key}={values[key]} must be {wanted.words}")
+
+
+def unchecked_numbers() -> list[str]:
+    """The numeric settings that no range covers."""
+    ranged = {key for keys in RANGES.values() for key in keys}
+    return [key for key, item in fields().items() if item.type in (int, float) and key not in ranged]

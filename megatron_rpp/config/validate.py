@@ -1,0 +1,131 @@
+"""Is this configuration one that can run? Answers before anything expensive; imports no torch."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_rpp.config.errors import ConfigError
+from megatron_rpp.config.models import check_split, read_model_config
+from megatron_rpp.config.ranges import check_ranges
+from megatron_rpp.config.schema import Config, SourceConfig
+
+Command = Literal["train", "sft"]
+
+
+def validate(config: Config, command: Command) -> None:
+    """Everything that can be told from the configuration and the files that it names.
+
+    Reads config.json of the model and looks at paths; the lines of JSONL files are
+    `megatron_rpp.data.jsonl`'s, and what only one host can tell is `preflight`'s.
+
+    Raises:
+        ConfigError: the first value that must change, and to what.
+    """
+    check_ranges(config)
+    template_names(config.data.prompt_template)
+    if command == "sft":
+        _check_sft(config)
+        return
+    model = read_model_config("model.path", config.model.path)
+    check_split(config.parallel, model)
+    _check_batches(config)
+    _check_lengths(config, model)
+    _check_server(config, model)
+    _check_sources(config)
+    _check_learning_rate("optimizer", config.optimizer.lr, config.optimizer.min_lr)
+
+
+def template_names(template: str) -> list[str]:
+    """The names in braces of data.prompt_template. Raises ConfigError where it is malformed or has none."""
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ConfigError(f"data.prompt_template={template!r} must be a valid template: {error}") from error
+    if not names or "" in names:
+        raise ConfigError(f"data.prompt_template={template!r} must name a key in braces, such as {{prompt}}")
+    return names
+
+
+def _check_sft(config: Config) -> None:
+    sft = config.sft
+    check_split(config.parallel, read_model_config("sft.init", sft.init))
+    _require_file("sft.data", sft.data)
+    if not sft.output:
+        raise ConfigError("sft.output is not set; pass --sft.output=DIRECTORY for the trained model")
+    if Path(sft.output).resolve() == Path(sft.init).resolve():
+        raise ConfigError(f"sft.output={sft.output} must differ from sft.init")
+    _require_divisor("parallel.data", config.parallel.data, "sft.batch_size", sft.batch_size)
+    _check_learning_rate("sft", sft.lr, sft.min_lr)
+
+
+def _check_batches(config: Config) -> None:
+    """The engine pads a short last micro-batch, so micro_batch_size need not divide anything."""
+    data, prompts, batch = config.parallel.data, config.rollout.num_prompts, config.train.batch_size
+    samples = config.algorithm.num_samples_per_prompt
+    _require_divisor("parallel.data", data, "rollout.num_prompts", prompts)
+    _require_divisor("parallel.data", data, "train.batch_size", batch)
+    if prompts * samples % batch:
+        raise ConfigError(
+            f"train.batch_size={batch} must divide the responses of one step: "
+            f"rollout.num_prompts={prompts} x algorithm.num_samples_per_prompt={samples} = {prompts * samples}"
+        )
+
+
+def _check_lengths(config: Config, model: dict[str, Any]) -> None:
+    context, longest = config.rollout.context_length, config.rollout.max_response_tokens
+    if longest >= context:
+        raise ConfigError(
+            f"rollout.max_response_tokens={longest} must be below rollout.context_length={context}, "
+            "which holds the prompt too"
+        )
+    positions = model.get("max_position_embeddings")
+    if positions and context > positions:
+        limit = f"the model's max_position_embeddings={positions}"
+        raise ConfigError(f"rollout.context_length={context} must be at most {limit}")
+
+
+def _check_server(config: Config, model: dict[str, Any]) -> None:
+    for url in config.rollout.urls:
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"rollout.urls={url} must start with http:// or https://")
+    if not config.rollout.urls:
+        heads = model["num_attention_heads"]
+        _require_divisor("rollout.server_tensor", config.rollout.server_tensor, "num_attention_heads", heads)
+
+
+def _check_sources(config: Config) -> None:
+    _check_source("data.train", config.data.train, config.reward.kind)
+    if config.data.eval.size and config.eval.interval:
+        _check_source("data.eval", config.data.eval, config.reward.kind)
+
+
+def _check_source(key: str, source: SourceConfig, reward_kind: str) -> None:
+    if reward_kind == "reasoning_gym" and source.kind != "reasoning_gym":
+        raise ConfigError(
+            f"{key}.kind={source.kind} must be reasoning_gym where reward.kind is, whose verifier it uses"
+        )
+    if source.kind == "jsonl":
+        _require_file(f"{key}.path", source.path)
+    elif not source.task:
+        raise ConfigError(
+            f"{key}.task is not set; pass --{key}.task=NAME of a reasoning-gym task, such as chain_sum"
+        )
+
+
+def _check_learning_rate(section: str, peak: float, end: float) -> None:
+    if end > peak:
+        raise ConfigError(f"{section}.min_lr={end} must be at most {section}.lr={peak}")
+
+
+def _require_file(key: str, path: str) -> None:
+    if not path:
+        raise ConfigError(f"{key} is not set; pass --{key}=FILE.jsonl")
+    if not Path(path).is_file():
+        raise ConfigError(f"{key}={path} must be an existing file")
+
+
+def _require_divisor(key: str, divisor: int, whole_key: str, whole: int) -> None:
+    if whole % divisor:
+        raise ConfigError(f"{key}={divisor} must divide {whole_key}={whole}")

@@ -1,0 +1,91 @@
+"""What the last pipeline stage computes from logits. The one place where logits and tokens are shifted.
+
+Logits at position t predict token t + 1; everything returned is aligned with tokens (see experience.types).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_rpp.algorithm.loss import policy_loss
+from megatron_rpp.algorithm.masked import masked_sum
+from megatron_rpp.config.schema import AlgorithmConfig
+from megatron_rpp.experience.types import ExperienceBatch
+from megatron_rpp.parallel.vocab_logprobs import vocab_parallel_logprobs
+
+
+class Head(Protocol):
+    """logits [b, S, V / tp_size] and their microbatch -> (loss, named outputs). The loss may have no gradient."""
+
+    def __call__(self, logits: Tensor, micro: ExperienceBatch) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class LogprobHead:
+    """Log-probs and entropy of the response tokens; its loss is zero."""
+
+    vocab_size: int
+    temperature: float
+    chunk_tokens: int
+    tp_group: ProcessGroup | None
+
+    def __call__(self, logits: Tensor, micro: ExperienceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs, entropy = self.logprobs(logits, micro)
+        return logits.new_zeros(()), {"logprobs": logprobs, "entropy": entropy}
+
+    def logprobs(self, logits: Tensor, micro: ExperienceBatch) -> tuple[Tensor, Tensor]:
+        """(logprobs, entropy), each [b, S] float32, 0 outside loss_mask."""
+        rows, positions = torch.nonzero(micro.loss_mask[:, 1:], as_tuple=True)
+        selected, entropies = vocab_parallel_logprobs(
+            logits[rows, positions],
+            micro.tokens[rows, positions + 1],
+            vocab_size=self.vocab_size,
+            temperature=self.temperature,
+            chunk_tokens=self.chunk_tokens,
+            group=self.tp_group,
+        )
+        empty = torch.zeros_like(micro.loss_mask)
+        at = (rows, positions + 1)
+        return empty.index_put(at, selected), empty.index_put(at, entropies)
+
+
+@dataclass(frozen=True)
+class PolicyHead:
+    """The REINFORCE++ policy loss of one microbatch."""
+
+    logprob_head: LogprobHead
+    algorithm: AlgorithmConfig
+    global_token_count: float
+
+    def __call__(self, logits: Tensor, micro: ExperienceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        assert micro.old_logprobs is not None and micro.advantages is not None
+        policy_logprobs, _ = self.logprob_head.logprobs(logits, micro)
+        result = policy_loss(
+            policy_logprobs,
+            micro.old_logprobs,
+            micro.advantages,
+            micro.loss_mask,
+            global_token_count=self.global_token_count,
+            clip_eps_low=self.algorithm.clip_eps_low,
+            clip_eps_high=self.algorithm.clip_eps_high,
+            log_ratio_clamp=self.algorithm.log_ratio_clamp,
+        )
+        return result.loss, result.sums
+
+
+@dataclass(frozen=True)
+class SftHead:
+    """Negative log-likelihood of the response tokens, as a token mean over the whole step."""
+
+    logprob_head: LogprobHead
+    global_token_count: float
+
+    def __call__(self, logits: Tensor, micro: ExperienceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs, _ = self.logprob_head.logprobs(logits, micro)
+        total = -masked_sum(logprobs, micro.loss_mask)
+        return total / self.global_token_count, {"loss/total": total.detach().double()}

@@ -1,0 +1,75 @@
+"""Megatron's DDP wrapper, optimizer and learning-rate schedule for the policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_rpp.config import schema
+from megatron_rpp.engine.loss_scale import use_plain_gradient_sum
+from megatron_rpp.model.build import Model
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The policy's optimizer and its schedule, stepped together."""
+
+    megatron: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return float(self.megatron.param_groups[0]["lr"])
+
+
+def make_trainable(model: Model, config: schema.OptimizerConfig, total_steps: int) -> tuple[Model, Optimizer]:
+    """Wrap `model` for training: (the model with DDP chunks, its optimizer). `total_steps`: optimizer steps."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=config.distributed, overlap_grad_reduce=False
+    )
+    chunks = [
+        DistributedDataParallel(config=model.config, ddp_config=ddp_config, module=chunk) for chunk in model.chunks
+    ]
+    for chunk in chunks:
+        chunk.broadcast_params()
+    use_plain_gradient_sum(model.config)
+    megatron = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.adam_beta1,
+            adam_beta2=config.adam_beta2,
+            adam_eps=config.adam_eps,
+            clip_grad=config.clip_grad,
+            bf16=model.config.bf16,
+            params_dtype=model.config.params_dtype,
+            use_distributed_optimizer=config.distributed,
+        ),
+        chunks,
+        use_gloo_process_groups=False,
+    )
+    return replace(model, chunks=list(chunks)), Optimizer(megatron, _schedule(megatron, config, total_steps))
+
+
+def _schedule(
+    optimizer: MegatronOptimizer, config: schema.OptimizerConfig, total_steps: int
+) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=max(total_steps, config.warmup_steps + 1),
+        lr_decay_style=config.lr_schedule,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=total_steps,
+        wd_incr_style="constant",
+    )

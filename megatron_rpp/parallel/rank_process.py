@@ -1,0 +1,78 @@
+"""Process details of one local rank: how it is spawned, and how it ends when told to. Imports no torch."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+PR_SET_PDEATHSIG = 1
+GRACE_S = 10.0
+"""Between SIGTERM and the end of a rank that does not heed it."""
+
+
+def die_with_parent(parent: int) -> Callable[[], None]:
+    """For `preexec_fn`: the child gets SIGTERM when its parent ends, however that ends."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def request() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:  # the parent ended before the request
+            os._exit(128 + signal.SIGTERM)
+
+    return request
+
+
+def spawn_rank(
+    argv: Sequence[str], env: Mapping[str, str], log: Path | None, listener: socket.socket | None
+) -> subprocess.Popen[bytes]:
+    """Start one rank in its own session, so that Ctrl-C reaches it once, from the launcher.
+
+    `log` takes its output; None leaves it the terminal. `listener` is inherited by the rank.
+    """
+    out = log.open("ab") if log else None
+    try:
+        return subprocess.Popen(
+            argv,
+            env=dict(env),
+            stdout=out,
+            stderr=subprocess.STDOUT if out else None,
+            pass_fds=(listener.fileno(),) if listener else (),
+            start_new_session=True,
+            preexec_fn=die_with_parent(os.getpid()),
+        )
+    finally:
+        if out:
+            out.close()
+
+
+def exit_on_sigterm(grace_s: float = GRACE_S) -> None:
+    """Turn SIGTERM into SystemExit, so that `finally` blocks stop the rollout server.
+
+    Python runs a handler only between byte codes, and a rank may sit in a collective that never ends;
+    a watchdog thread therefore ends the process `grace_s` after the signal.
+    """
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(write_fd, False)
+    signal.signal(signal.SIGTERM, _raise_exit)
+    signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+    threading.Thread(target=_watchdog, args=(read_fd, grace_s), daemon=True).start()
+
+
+def _raise_exit(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+def _watchdog(read_fd: int, grace_s: float) -> None:
+    while signal.SIGTERM not in os.read(read_fd, 64):
+        pass
+    time.sleep(grace_s)
+    os._exit(128 + signal.SIGTERM)
