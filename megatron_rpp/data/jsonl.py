@@ -36,7 +36,9 @@ def _parse(raw: bytes, where: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno}); one object a line") from None
+        raise ValueError(
+            f"{where}: not JSON ({error.msg}, column {error.colno}); one object a line"
+        ) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; endless nesting
         raise ValueError(f"{where}: cannot be read ({error}); write one plain JSON object a line") from None
     if not isinstance(value, dict):

@@ -135,7 +135,9 @@ class SentencePieceTokenizer:
         return str(self._model.decode(kept))
 
     def render_chat(self, text: str) -> str:
-        raise ValueError(f"{self._path}: tokenizer.model has no chat template; set data.chat_template = false")
+        raise ValueError(
+            f"{self._path}: tokenizer.model has no chat template; set data.chat_template = false"
+        )
 
     def apply_chat_template(self, text: str) -> list[int]:
         return self.encode(self.render_chat(text))

@@ -31,6 +31,12 @@ def install() -> None:
     _route_tensor_methods()
     _stand_in_for_streams()
     _route_rng()
+    torch.compile = _run_eagerly  # type: ignore[assignment]
+
+
+def _run_eagerly(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """In place of torch.compile: megatron's `jit_fuser` would build small C++ kernels at start-up."""
+    return function if function is not None else lambda f: f
 
 
 def _is_cuda(device: Any) -> bool:

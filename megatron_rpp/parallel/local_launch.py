@@ -12,11 +12,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from megatron_rpp.observability.logs import log_path, tail
 from megatron_rpp.parallel.rank_process import GRACE_S, spawn_rank
@@ -30,6 +29,7 @@ POLL_S = 0.05
 SETTLE_S = 2.0
 """Ranks that meet the same user error end by themselves within this time."""
 LINES_SHOWN = 20
+INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -118,7 +118,7 @@ def _show_failure(job: _Job, rank: int) -> None:
     code = job.ranks[rank].returncode
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     _show([f"rpp: rank {rank} {how}"])
-    if rank and code != 128 + signal.SIGINT:
+    if rank and _code(job.ranks[rank]) not in INTERRUPTED:
         _show([f"rpp: the end of {log_path(job.run_dir, rank)}:", *_log(job, rank)])
 
 
@@ -131,7 +131,7 @@ def _end(job: _Job) -> None:
         rank.wait()
 
 
-def _wait_until(done: Any, limit_s: float) -> None:
+def _wait_until(done: Callable[[], bool], limit_s: float) -> None:
     deadline = time.monotonic() + limit_s
     while not done() and time.monotonic() < deadline:
         time.sleep(POLL_S)

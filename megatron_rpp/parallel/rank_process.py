@@ -64,7 +64,14 @@ def exit_on_sigterm(grace_s: float = GRACE_S) -> None:
     os.set_blocking(write_fd, False)
     signal.signal(signal.SIGTERM, _raise_exit)
     signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=_forget)
     threading.Thread(target=_watchdog, args=(read_fd, grace_s), daemon=True).start()
+
+
+def _forget() -> None:
+    """In a forked worker: its SIGTERM must end it alone, and not wake the watchdog of the rank."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _raise_exit(number: int, frame: FrameType | None) -> None:

@@ -1,0 +1,179 @@
+"""The command `rpp`. Answers --help without importing torch.
+
+    rpp train CONFIG.toml ... [--section.key=value ...] [--resume]
+    rpp sft CONFIG.toml ... [--section.key=value ...]
+    rpp report RUN_DIR
+
+Without a launcher's WORLD_SIZE, `train` and `sft` start their ranks on this host; each rank is this
+same command with the launcher's variables set.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+from megatron_rpp.config.errors import ConfigError
+from megatron_rpp.config.load import describe, load_config
+from megatron_rpp.config.preflight import check_host
+from megatron_rpp.config.schema import Config
+from megatron_rpp.config.validate import template_names, validate
+from megatron_rpp.parallel.local_launch import ERROR_PREFIX, USER_ERROR, launch_local
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A `train` or `sft` command line."""
+
+    command: Literal["train", "sft"]
+    files: tuple[str, ...]
+    overrides: tuple[str, ...]
+    resume: bool
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for the user's mistake, 1 for ours."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = words[0] if words else "--help"
+    try:
+        if command in ("--help", "-h", "help"):
+            sys.stdout.write(_usage())
+        elif command in ("train", "sft"):
+            return _train_or_sft(words)
+        elif command == "report":
+            _report(words[1:])
+        else:
+            raise ConfigError(f"unknown command {command}; it must be one of: train, sft, report")
+    except ValueError as error:
+        return _user_error(error)
+    return 0
+
+
+def parse(words: Sequence[str]) -> Arguments:
+    """`train` or `sft`, its files, its overrides and --resume. Raises ConfigError."""
+    command, rest = cast(Literal["train", "sft"], words[0]), list(words[1:])
+    overrides = tuple(word for word in rest if word.startswith("-") and word != "--resume")
+    files = tuple(word for word in rest if not word.startswith("-"))
+    if not files:
+        raise ConfigError(f"no configuration file; write: rpp {command} CONFIG.toml")
+    if command == "sft" and "--resume" in rest:
+        raise ConfigError("--resume is for `rpp train`; `rpp sft` starts over")
+    return Arguments(command, files, overrides, "--resume" in rest)
+
+
+def _train_or_sft(words: Sequence[str]) -> int:
+    if "--help" in words or "-h" in words:
+        sys.stdout.write(_settings(words[0]))
+        return 0
+    arguments = parse(words)
+    config = load_config(arguments.files, arguments.overrides)
+    validate(config, arguments.command)
+    _check_lines(config, arguments.command)
+    if "WORLD_SIZE" in os.environ:
+        return _run_rank(arguments, config, os.environ)
+    if arguments.command == "train":
+        check_host(config, resume=arguments.resume)
+    parallel = config.parallel
+    world_size = parallel.tensor * parallel.pipeline * parallel.data
+    return launch_local([sys.executable, "-m", "megatron_rpp.cli", *words], world_size, config.run.dir)
+
+
+def _check_lines(config: Config, command: str) -> None:
+    """Every line of every JSONL source. Raises ValueError with the number of the line."""
+    from megatron_rpp.data.jsonl import check_jsonl
+
+    keys = template_names(config.data.prompt_template)
+    if command == "sft":
+        check_jsonl(config.sft.data, keys)
+        return
+    evaluates = config.data.eval.size and config.eval.interval
+    for source in (config.data.train, config.data.eval) if evaluates else (config.data.train,):
+        if source.kind == "jsonl":
+            check_jsonl(source.path, [*keys, "answer"])
+
+
+def _run_rank(arguments: Arguments, config: Config, env: Mapping[str, str]) -> int:
+    """One rank of the job: the user's mistake is one line from rank 0, ours is a traceback in its log."""
+    import traceback
+
+    from megatron_rpp.observability.logs import append_log, setup_logging
+    from megatron_rpp.parallel.rank_process import exit_on_sigterm
+
+    rank = int(env.get("RANK", "0"))
+    exit_on_sigterm()
+    try:
+        _check_rank(arguments, config, env)
+        setup_logging(config.run.dir, rank)
+        _call(arguments, config)
+    except ValueError as error:
+        append_log(config.run.dir, rank, "".join(traceback.format_exception(error)))
+        return _user_error(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception:
+        append_log(config.run.dir, rank, traceback.format_exc())
+        sys.stderr.write(traceback.format_exc())
+        return 1
+    return 0
+
+
+def _check_rank(arguments: Arguments, config: Config, env: Mapping[str, str]) -> None:
+    parallel = config.parallel
+    wanted = parallel.tensor * parallel.pipeline * parallel.data
+    if int(env["WORLD_SIZE"]) != wanted:
+        raise ConfigError(
+            f"the job has {env['WORLD_SIZE']} ranks; parallel.tensor={parallel.tensor} x "
+            f"parallel.pipeline={parallel.pipeline} x parallel.data={parallel.data} must equal that, not {wanted}"
+        )
+    if arguments.command == "train" and env.get("RANK", "0") == "0":
+        check_host(config, resume=arguments.resume)
+
+
+def _call(arguments: Arguments, config: Config) -> None:
+    if arguments.command == "train":
+        from megatron_rpp import train
+
+        train.run(config, resume=arguments.resume)
+    else:
+        from megatron_rpp import sft
+
+        sft.run(config)
+
+
+def _report(words: Sequence[str]) -> None:
+    if len(words) != 1 or words[0].startswith("-"):
+        raise ConfigError("write: rpp report RUN_DIR")
+    from megatron_rpp.observability.report import draw, summary
+
+    path = draw(Path(words[0]))
+    sys.stdout.write(f"{summary(Path(words[0]))}\n{path}\n")
+
+
+def _user_error(error: ValueError) -> int:
+    """One line on stderr. Ranks above 0 say it into their logs, which the launcher made their stderr."""
+    launched_elsewhere = os.environ.get("RANK", "0") != "0" and sys.stderr.isatty()
+    if not launched_elsewhere:
+        sys.stderr.write(f"{ERROR_PREFIX}{' '.join(str(error).split())}\n")
+    return USER_ERROR
+
+
+def _usage() -> str:
+    synopsis = (__doc__ or "").partition("\n\n")[2]
+    return f"REINFORCE++ training on Megatron-Core, with SGLang rollouts.\n\n{synopsis}\n`rpp train --help` lists every setting.\n"
+
+
+def _settings(command: str) -> str:
+    lines = [f"rpp {command} CONFIG.toml ... [--section.key=value ...]", ""]
+    for key, kind, default, doc in describe():
+        lines += [f"  --{key}=<{kind}>   default: {default!r}", f"      {doc}"]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""Weights to SGLang through a Hugging Face directory that trainer and servers both see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_rpp.model.build import Model
+from megatron_rpp.model.export_hf import save_hf
+from megatron_rpp.parallel.collectives import share
+from megatron_rpp.rollout.protocol import RolloutError
+from megatron_rpp.weight_sync.transport import Post, WeightSyncError
+
+
+class DiskTransport:
+    """Writes `folder` anew at each sync and has every server load it."""
+
+    def __init__(self, post: Post, *, folder: Path, source: str, deadline_s: float) -> None:
+        self._post, self._folder, self._source, self._deadline_s = post, folder.resolve(), source, deadline_s
+
+    def send(self, policy: Model, urls: Sequence[str], version: int) -> None:
+        """Write, then load. Raises WeightSyncError on every rank if a server refused."""
+        save_hf(policy, self._source, str(self._folder))
+        error = None
+        if dist.get_rank() == 0:
+            try:
+                for url in urls:
+                    payload: dict[str, object] = {"model_path": str(self._folder), "flush_cache": False}
+                    self._post(url, "update_weights_from_disk", payload, self._deadline_s)
+            except RolloutError as caught:
+                error = str(caught)
+        error = share(dist.group.WORLD, error, source=0)  # type: ignore[arg-type]
+        if error is not None:
+            raise WeightSyncError(error)
+
+    def close(self) -> None:
+        """Nothing is held between syncs."""
