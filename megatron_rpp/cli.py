@@ -73,15 +73,20 @@ def _train_or_sft(words: Sequence[str]) -> int:
         return 0
     arguments = parse(words)
     config = load_config(arguments.files, arguments.overrides)
-    validate(config, arguments.command)
-    _check_lines(config, arguments.command)
     if "WORLD_SIZE" in os.environ:
         return _run_rank(arguments, config, os.environ)
-    if arguments.command == "train":
-        check_host(config, resume=arguments.resume)
+    _check(arguments, config, rank=0)
     parallel = config.parallel
     world_size = parallel.tensor * parallel.pipeline * parallel.data
     return launch_local([sys.executable, "-m", "megatron_rpp.cli", *words], world_size, config.run.dir)
+
+
+def _check(arguments: Arguments, config: Config, rank: int) -> None:
+    """All that can be told before torch is imported. Raises ValueError."""
+    validate(config, arguments.command)
+    _check_lines(config, arguments.command)
+    if arguments.command == "train" and rank == 0:  # the server and the metrics are rank 0's
+        check_host(config, resume=arguments.resume)
 
 
 def _check_lines(config: Config, command: str) -> None:
@@ -90,49 +95,48 @@ def _check_lines(config: Config, command: str) -> None:
 
     keys = template_names(config.data.prompt_template)
     if command == "sft":
-        check_jsonl(config.sft.data, keys)
+        check_jsonl(config.sft.data, [*keys, ("response", "answer")])
         return
     evaluates = config.data.eval.size and config.eval.interval
     for source in (config.data.train, config.data.eval) if evaluates else (config.data.train,):
         if source.kind == "jsonl":
-            check_jsonl(source.path, [*keys, "answer"])
+            check_jsonl(source.path, [*keys, "answer"], limit=source.size)
 
 
 def _run_rank(arguments: Arguments, config: Config, env: Mapping[str, str]) -> int:
-    """One rank of the job: the user's mistake is one line from rank 0, ours is a traceback in its log."""
+    """One rank of the job: the user's mistake becomes one line from rank 0, ours a traceback."""
     import traceback
 
-    from megatron_rpp.observability.logs import append_log, setup_logging
+    from megatron_rpp.observability.logs import append_log, setup_logging, stderr_is_log
     from megatron_rpp.parallel.rank_process import exit_on_sigterm
 
     rank = int(env.get("RANK", "0"))
     exit_on_sigterm()
     try:
-        _check_rank(arguments, config, env)
+        _check_world_size(config, int(env["WORLD_SIZE"]))
+        _check(arguments, config, rank)
         setup_logging(config.run.dir, rank)
         _call(arguments, config)
     except ValueError as error:
-        append_log(config.run.dir, rank, "".join(traceback.format_exception(error)))
+        append_log(config.run.dir, rank, traceback.format_exc() + _error_line(error))
         return _user_error(error)
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception:
         append_log(config.run.dir, rank, traceback.format_exc())
-        sys.stderr.write(traceback.format_exc())
+        if not stderr_is_log(config.run.dir, rank):
+            sys.stderr.write(traceback.format_exc())
         return 1
     return 0
 
 
-def _check_rank(arguments: Arguments, config: Config, env: Mapping[str, str]) -> None:
-    parallel = config.parallel
-    wanted = parallel.tensor * parallel.pipeline * parallel.data
-    if int(env["WORLD_SIZE"]) != wanted:
+def _check_world_size(config: Config, world_size: int) -> None:
+    tensor, pipeline, data = config.parallel.tensor, config.parallel.pipeline, config.parallel.data
+    if world_size != tensor * pipeline * data:
         raise ConfigError(
-            f"the job has {env['WORLD_SIZE']} ranks; parallel.tensor={parallel.tensor} x "
-            f"parallel.pipeline={parallel.pipeline} x parallel.data={parallel.data} must equal that, not {wanted}"
+            f"parallel.tensor={tensor} x parallel.pipeline={pipeline} x parallel.data={data} must equal "
+            f"the number of ranks in the job, {world_size}"
         )
-    if arguments.command == "train" and env.get("RANK", "0") == "0":
-        check_host(config, resume=arguments.resume)
 
 
 def _call(arguments: Arguments, config: Config) -> None:
@@ -156,16 +160,20 @@ def _report(words: Sequence[str]) -> None:
 
 
 def _user_error(error: ValueError) -> int:
-    """One line on stderr. Ranks above 0 say it into their logs, which the launcher made their stderr."""
-    launched_elsewhere = os.environ.get("RANK", "0") != "0" and sys.stderr.isatty()
-    if not launched_elsewhere:
-        sys.stderr.write(f"{ERROR_PREFIX}{' '.join(str(error).split())}\n")
+    """Tell the user, once a job."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(_error_line(error))
     return USER_ERROR
+
+
+def _error_line(error: ValueError) -> str:
+    return f"{ERROR_PREFIX}{' '.join(str(error).split())}\n"
 
 
 def _usage() -> str:
     synopsis = (__doc__ or "").partition("\n\n")[2]
-    return f"REINFORCE++ training on Megatron-Core, with SGLang rollouts.\n\n{synopsis}\n`rpp train --help` lists every setting.\n"
+    title = "REINFORCE++ training on Megatron-Core, with SGLang rollouts."
+    return f"{title}\n\n{synopsis}\n`rpp train --help` lists every setting.\n"
 
 
 def _settings(command: str) -> str:

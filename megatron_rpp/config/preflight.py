@@ -30,7 +30,9 @@ def check_port(config: Config) -> None:
             ) from error
         except OSError as error:
             wanted = f"rollout.port={config.rollout.port}"
-            raise ConfigError(f"{wanted} is in use on 127.0.0.1; choose another, or 0 for a free one") from error
+            raise ConfigError(
+                f"{wanted} is in use on 127.0.0.1; choose another, or 0 for a free one"
+            ) from error
 
 
 def check_run_dir(run_dir: str, *, resume: bool) -> None:

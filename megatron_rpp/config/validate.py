@@ -67,10 +67,8 @@ def _check_batches(config: Config) -> None:
     _require_divisor("parallel.data", data, "rollout.num_prompts", prompts)
     _require_divisor("parallel.data", data, "train.batch_size", batch)
     if prompts * samples % batch:
-        raise ConfigError(
-            f"train.batch_size={batch} must divide the responses of one step: "
-            f"rollout.num_prompts={prompts} x algorithm.num_samples_per_prompt={samples} = {prompts * samples}"
-        )
+        step = f"rollout.num_prompts={prompts} x algorithm.num_samples_per_prompt={samples}"
+        raise ConfigError(f"train.batch_size={batch} must divide {step} = {prompts * samples}")
 
 
 def _check_lengths(config: Config, model: dict[str, Any]) -> None:

@@ -95,14 +95,17 @@ class _Stream:
         return self
 
 
-def _stand_in_for_streams() -> None:
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        return None
+def _nothing() -> Callable[..., None]:
+    """A new function each time: torch._dynamo refuses one object under two torch names."""
+    return lambda *args, **kwargs: None
 
+
+def _stand_in_for_streams() -> None:
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment, return-value]
-    for name in ("set_device", "synchronize", "empty_cache", "nvtx"):
-        setattr(torch.cuda, name, nothing)
-    torch.cuda.nvtx = type("nvtx", (), {"range_push": nothing, "range_pop": nothing})  # type: ignore[assignment]
+    for name in ("set_device", "synchronize", "empty_cache"):
+        setattr(torch.cuda, name, _nothing())
+    for name in ("range_push", "range_pop"):
+        setattr(torch.cuda.nvtx, name, _nothing())
     for name in ("current_stream", "default_stream"):
         setattr(torch.cuda, name, lambda *a, **k: _Stream())
     torch.cuda.Stream = _Stream  # type: ignore[assignment, misc]
@@ -113,10 +116,10 @@ def _stand_in_for_streams() -> None:
 
 def _route_rng() -> None:
     """tensor_parallel.random keeps one generator state per name; on CPU they are states of one generator."""
-    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment]
     torch.cuda.get_rng_state = lambda *a, **k: torch.get_rng_state()  # type: ignore[assignment]
     torch.cuda.set_rng_state = lambda state, *a, **k: torch.set_rng_state(state)  # type: ignore[assignment]
-    torch.cuda.random.get_rng_state = torch.cuda.get_rng_state  # type: ignore[assignment]
+    torch.cuda.random.get_rng_state = lambda *a, **k: torch.get_rng_state()  # type: ignore[assignment]
     torch.cuda._lazy_call = lambda callback, **k: callback()  # type: ignore[attr-defined]
     torch.cuda.default_generators = _CpuGenerators()  # type: ignore[attr-defined]
 

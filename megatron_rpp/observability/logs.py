@@ -36,15 +36,19 @@ def setup_logging(run_dir: str | Path, rank: int) -> logging.Logger:
 
 
 def append_log(run_dir: str | Path, rank: int, text: str) -> None:
-    """Add `text` to the rank's file, unless the rank's stderr is that file already.
-
-    The local launcher sends the output of every rank but 0 there.
-    """
+    """Add `text` to the rank's file, as it stands."""
     path = log_path(run_dir, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as log:
-        if not _is_stderr(log.fileno()):
-            log.write(text)
+        log.write(text)
+
+
+def stderr_is_log(run_dir: str | Path, rank: int) -> bool:
+    """Does this process's stderr end in the rank's file? The local launcher arranges that above rank 0."""
+    try:
+        return os.path.samestat(os.stat(log_path(run_dir, rank)), os.fstat(2))
+    except OSError:  # no such file, or stderr is closed
+        return False
 
 
 def tail(path: Path, lines: int) -> list[str]:
@@ -52,10 +56,3 @@ def tail(path: Path, lines: int) -> list[str]:
     if not path.exists():
         return []
     return path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
-
-
-def _is_stderr(fd: int) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), os.fstat(2))
-    except OSError:  # stderr is closed
-        return False

@@ -28,7 +28,7 @@ def initialize(config: ParallelConfig, seed: int) -> ParallelContext:
             f"the job has {world_size} ranks, but parallel.tensor={config.tensor} x "
             f"parallel.pipeline={config.pipeline} x parallel.data={config.data} needs {wanted}"
         )
-    device.prepare()
+    device.select()
     dist.init_process_group(
         device.backend(), store=_store(rank, world_size), rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
     )

@@ -108,10 +108,16 @@ def _fail(job: _Job) -> int:
     _end(job)
     if told:
         if 0 not in told:
-            _show([line for line in _log(job, told[0]) if line.startswith(ERROR_PREFIX)][-1:])
+            _show([_told_line(job, told[0])])
         return USER_ERROR
     _show_failure(job, first)
     return _code(job.ranks[first])
+
+
+def _told_line(job: _Job, rank: int) -> str:
+    """The one line that a rank above 0 wrote for the user."""
+    lines = [line for line in _log(job, rank) if line.startswith(ERROR_PREFIX)]
+    return lines[-1] if lines else f"{ERROR_PREFIX}rank {rank} refused; see {log_path(job.run_dir, rank)}"
 
 
 def _show_failure(job: _Job, rank: int) -> None:

@@ -1,0 +1,80 @@
+"""The picture and the sentence of a run, from its metrics.jsonl."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_rpp.observability.writers import metrics_path, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Steps = list[dict[str, Any]]
+
+
+def draw(run_dir: str | Path) -> Path:
+    """Write RUN_DIR/curve.png: reward and held-out accuracy above, KL below.
+
+    Raises:
+        ValueError: there is no metrics.jsonl with a step in it.
+    """
+    steps = _read(run_dir)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (upper, lower) = pyplot.subplots(
+        2, 1, sharex=True, figsize=(8, 6), height_ratios=(2, 1), layout="constrained"
+    )
+    _line(upper, steps, "reward/mean", "sampled reward", color="0.6", linewidth=1)
+    _line(upper, steps, "eval/accuracy", "held-out accuracy, sampled", color="C0", marker="o")
+    _line(upper, steps, "eval/greedy_accuracy", "held-out accuracy, greedy", color="C1", marker="s")
+    upper.set_ylabel("reward, accuracy")
+    _line(lower, steps, "kl/mean", "KL to the reference", color="C2")
+    lower.set_ylabel("KL per token (nats)")
+    lower.set_xlabel("step (one rollout batch)")
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(loc="best")
+    upper.set_title(f"REINFORCE++: {Path(run_dir).resolve().name}")
+    path = Path(run_dir) / "curve.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def summary(run_dir: str | Path) -> str:
+    """How many steps there are, and the first and last held-out accuracy. Raises ValueError as `draw`."""
+    steps = _read(run_dir)
+    parts = [f"{len(steps)} steps"]
+    for key, name in (("eval/accuracy", "held-out accuracy"), ("eval/greedy_accuracy", "greedy accuracy")):
+        points = _points(steps, key)
+        if points:
+            (first_step, first), (last_step, last) = points[0], points[-1]
+            gain = 100 * (last - first)
+            parts.append(
+                f"{name} {first:.1%} (step {first_step}) -> {last:.1%} (step {last_step}), {gain:+.1f} points"
+            )
+    return "; ".join(parts) if len(parts) > 1 else f"{parts[0]}; never evaluated"
+
+
+def _read(run_dir: str | Path) -> Steps:
+    steps = read_metrics(run_dir)
+    if not steps:
+        raise ValueError(
+            f"{metrics_path(run_dir)} holds no steps; give the run.dir of a run that has trained"
+        )
+    return steps
+
+
+def _points(steps: Steps, key: str) -> list[tuple[int, float]]:
+    return [(record["step"], record[key]) for record in steps if key in record]
+
+
+def _line(axes: Axes, steps: Steps, key: str, label: str, **style: Any) -> None:
+    points = _points(steps, key)
+    if points:
+        axes.plot([step for step, _ in points], [value for _, value in points], label=label, **style)

@@ -1,0 +1,70 @@
+"""RUN_DIR/rollouts/step-N.jsonl: what was sampled, in words."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class PromptLike(Protocol):
+    """`experience.types.Prompt`, which is a layer above this one."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def answer(self) -> str: ...
+
+
+class RolloutLike(Protocol):
+    """`experience.types.Rollout`."""
+
+    @property
+    def prompt(self) -> PromptLike: ...
+    @property
+    def group_id(self) -> int: ...
+    @property
+    def response_ids(self) -> tuple[int, ...]: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def finish_reason(self) -> str: ...
+    @property
+    def policy_version(self) -> int: ...
+
+
+def rollouts_path(run_dir: str | Path, step: int) -> Path:
+    """The file of one step."""
+    return Path(run_dir) / "rollouts" / f"step-{step}.jsonl"
+
+
+def write_rollouts(
+    run_dir: str | Path, step: int, rollouts: Sequence[RolloutLike], rewards: Sequence[float]
+) -> Path:
+    """Write one object a response; a step that is run again replaces its file whole."""
+    path = rollouts_path(run_dir, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for rollout, reward in zip(rollouts, rewards, strict=True):
+            file.write(json.dumps(_record(rollout, float(reward)), ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+    return path
+
+
+def _record(rollout: RolloutLike, reward: float) -> dict[str, Any]:
+    return {
+        "prompt_id": rollout.prompt.id,
+        "group_id": rollout.group_id,
+        "prompt": rollout.prompt.text,
+        "answer": rollout.prompt.answer,
+        "response": rollout.text,
+        "response_tokens": len(rollout.response_ids),
+        "finish_reason": rollout.finish_reason,
+        "policy_version": rollout.policy_version,
+        "reward": reward,
+    }

@@ -1,0 +1,36 @@
+"""Package megatron_rpp and the command `rpp`. What is pinned and tested together is in requirements/."""
+
+from setuptools import find_namespace_packages, setup
+
+setup(
+    name="megatron_rpp",
+    version="0.1.0",
+    description="REINFORCE++ on Megatron-Core, with SGLang rollouts",
+    python_requires=">=3.11",
+    # The stand-ins of device/sglang_cpu have folders without __init__.py.
+    packages=find_namespace_packages(include=["megatron_rpp*", "checkpoint_tools*"]),
+    package_data={"megatron_rpp": ["device/sglang_cpu/**/*"]},
+    entry_points={"console_scripts": ["rpp = megatron_rpp.cli:main"]},
+    # sglang is not among them: its own list brings CUDA, so `make setup` and the extra `gpu` install it.
+    install_requires=[
+        "torch>=2.13",
+        "numpy",
+        "megatron-core==0.16.1",
+        "transformers>=5.19",
+        "tokenizers",
+        "sentencepiece",
+        "safetensors",
+        "math-verify",
+        "reasoning-gym",
+        "requests",
+        "psutil",
+        "rich",
+        "tensorboard",
+        "matplotlib",
+    ],
+    extras_require={
+        "gpu": ["sglang==0.5.23", "transformer-engine[pytorch]", "mpi4py"],
+        "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "import-linter"],
+        "docs": ["mkdocs"],
+    },
+)

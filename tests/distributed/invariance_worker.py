@@ -1,0 +1,107 @@
+"""One rank of one layout: advantages, loss and gradients of the fixed batch, saved for comparison."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rpp.config.schema import Config
+from megatron_rpp.engine.advantages import add_advantages
+from megatron_rpp.engine.heads import PolicyHead
+from megatron_rpp.engine.optimizer import make_trainable
+from megatron_rpp.engine.pipeline import run_pipeline
+from megatron_rpp.engine.score import logprob_head, score
+from megatron_rpp.engine.train_step import global_token_count
+from megatron_rpp.experience.types import ExperienceBatch
+from megatron_rpp.model.build import Model, build_model
+from megatron_rpp.model.export_hf import hf_tensors
+from megatron_rpp.parallel import bootstrap
+from megatron_rpp.parallel.collectives import sum_over
+from megatron_rpp.parallel.context import ParallelContext
+from tests.distributed.layouts import worker_config
+
+ROWS, WIDTH, VOCAB = 8, 13, 19
+
+
+def fixed_batch() -> ExperienceBatch:
+    """Eight rows of different lengths, one without any response token, with fixed old and reference log-probs.
+
+    The log-probs lie near those of the tiny models, so that some ratios are clipped and some are not.
+    """
+    g = torch.Generator().manual_seed(3)
+    mask = torch.zeros(ROWS, WIDTH)
+    for row, (start, end) in enumerate([(2, 9), (5, 6), (1, 13), (4, 4), (3, 12), (6, 11), (2, 4), (7, 13)]):
+        mask[row, start:end] = 1
+    return ExperienceBatch(
+        tokens=torch.randint(VOCAB, (ROWS, WIDTH), generator=g),
+        loss_mask=mask,
+        rollout_logprobs=torch.zeros(ROWS, WIDTH),
+        rewards=torch.rand(ROWS, generator=g) * 3 - 1,
+        group_ids=torch.arange(ROWS) // 2,
+        old_logprobs=(torch.randn(ROWS, WIDTH, generator=g) * 0.3 - 3.0) * mask,
+        ref_logprobs=(torch.randn(ROWS, WIDTH, generator=g) * 0.3 - 3.0) * mask,
+    )
+
+
+def run_case(config: Config, parallel: ParallelContext, out: Path, name: str) -> None:
+    policy, _ = make_trainable(build_model(config, parallel, path=config.model.path), config.optimizer, 1)
+    reference = build_model(config, parallel, path=config.model.path)
+    shift_weights(reference)
+    batch = fixed_batch().rows(torch.arange(parallel.dp_rank, ROWS, parallel.dp_size))
+    scored = score(batch, policy, reference, config)
+    batch, _ = add_advantages(batch, config.algorithm, parallel)
+    force_full_gradients(policy)
+    for chunk in policy.chunks:
+        chunk.zero_grad_buffer()
+    head = PolicyHead(logprob_head(policy, config, 1.0), config.algorithm, global_token_count(batch, policy))
+    sums = run_pipeline(policy, batch, head, micro_batch_size=2, forward_only=False)
+    loss = sum_over(parallel.dp_group)(sums["loss/policy"]) / head.global_token_count
+    gradients = dict(hf_tensors(policy, lambda item: item.parameter.main_grad))
+    replica: dict[str, Any] = {
+        "loss": loss,
+        "clipped": sums["clip/fraction"],
+        "advantages": batch.advantages,
+        "policy_logprobs": scored.old_logprobs,
+        "ref_logprobs": scored.ref_logprobs,
+    }
+    if parallel.is_replica_leader:
+        torch.save(replica, out / f"{name}-replica{parallel.dp_rank}.pt")
+    if parallel.tp_rank == 0 and parallel.dp_rank == 0:
+        torch.save(gradients, out / f"{name}-stage{parallel.pp_rank}.pt")
+
+
+def shift_weights(model: Model) -> None:
+    """Make the reference differ from the policy by the same amount on every layout."""
+    with torch.no_grad():
+        for chunk in model.chunks:
+            for parameter in chunk.parameters():
+                parameter.mul_(1.05)
+
+
+def force_full_gradients(policy: Model) -> None:
+    """All-reduce rather than reduce-scatter, so that each rank holds its whole gradient for comparison."""
+    finalize = policy.config.finalize_model_grads_func
+
+    def all_reduced(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+        finalize(model, num_tokens, **{**kwargs, "force_all_reduce": True})
+
+    policy.config.finalize_model_grads_func = all_reduced
+
+
+def main() -> None:
+    arguments = json.loads(sys.argv[2])
+    parallel = None
+    for name, path in arguments["models"].items():
+        config, _ = worker_config(path)
+        parallel = parallel or bootstrap.initialize(config.parallel, seed=0)
+        run_case(config, parallel, Path(arguments["out"]), name)
+    bootstrap.shutdown()
+
+
+if __name__ == "__main__":
+    main()

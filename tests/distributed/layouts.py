@@ -1,0 +1,41 @@
+"""Layouts to compare, and how a worker script is run on one of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_rpp.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from megatron_rpp.parallel.local_launch import launch_local
+
+LAYOUTS = {
+    "tp1_pp1_dp1": ParallelConfig(),
+    "tp2": ParallelConfig(tensor=2),
+    "tp2_sp": ParallelConfig(tensor=2, sequence=True),
+    "pp2": ParallelConfig(pipeline=2),
+    "pp2_vpp2": ParallelConfig(pipeline=2, virtual_pipeline=2),
+    "dp2_distributed_optimizer": ParallelConfig(data=2),
+    "tp2_pp2": ParallelConfig(tensor=2, pipeline=2),
+}
+
+
+def run_on(layout: ParallelConfig, script: str, arguments: dict[str, str], out: Path) -> None:
+    """Run tests/distributed/SCRIPT on every rank of `layout`; it finds its arguments in sys.argv."""
+    world_size = layout.tensor * layout.pipeline * layout.data
+    argv = [sys.executable, "-m", f"tests.distributed.{script}", json.dumps(asdict(layout)), json.dumps(arguments)]
+    code = launch_local(argv, world_size, out)
+    assert code == 0, f"{script} on {layout} ended with {code}; see {out}/logs"
+
+
+def worker_config(model_path: str) -> tuple[Config, dict[str, str]]:
+    """(the run's configuration, the arguments) inside a worker."""
+    layout, arguments = (json.loads(text) for text in sys.argv[1:3])
+    config = Config(
+        model=ModelConfig(path=model_path),
+        parallel=ParallelConfig(**layout),
+        train=TrainConfig(batch_size=8, micro_batch_size=2),
+        optimizer=OptimizerConfig(lr=1e-3),
+    )
+    return config, arguments

@@ -1,0 +1,46 @@
+"""Tiny random Hugging Face models, written to a directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+SHAPE = {
+    "vocab_size": 19,  # odd: padded under tensor parallelism
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,  # large enough that every layer matters
+}
+
+
+def save_tiny(family: str, out: Path) -> Path:
+    """Write a random model of `family` (llama, qwen2, qwen3) to OUT/family; Qwen3's embeddings are tied."""
+    torch.manual_seed(7)
+    model: PreTrainedModel
+    if family == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=False))
+    elif family == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=False))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=8, tie_word_embeddings=True))
+    with torch.no_grad():  # norms and biases start as ones and zeros, which would hide a wrong mapping
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    path = out / family
+    model.save_pretrained(path)
+    return path

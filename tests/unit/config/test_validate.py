@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rpp.config.errors import ConfigError
+from megatron_rpp.config.preflight import check_host, check_port
+from megatron_rpp.config.ranges import CHOICES, RANGES, unchecked_numbers
+from megatron_rpp.config.schema import Config
+from megatron_rpp.config.validate import Command, validate
+from tests.unit.config.conftest import MODEL, Make
+
+
+def message(config: Config, command: Command = "train") -> str:
+    with pytest.raises(ConfigError) as caught:
+        validate(config, command)
+    return str(caught.value)
+
+
+def test_valid_configurations_pass(make: Make) -> None:
+    validate(make(), "train")
+    validate(make(), "sft")
+    validate(make({"parallel.tensor": 2, "parallel.sequence": True, "parallel.pipeline": 2}), "train")
+    validate(make({"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, "parallel.data": 2}), "train")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"parallel.tensor": 3}, "parallel.tensor=3 must divide num_attention_heads=4"),
+        ({"parallel.tensor": 4}, "parallel.tensor=4 must divide num_key_value_heads=2"),
+        ({"parallel.pipeline": 3}, "parallel.pipeline=3 must divide num_hidden_layers=4"),
+        (
+            {"parallel.pipeline": 2, "parallel.virtual_pipeline": 4},
+            "parallel.pipeline=2 x parallel.virtual_pipeline=4 must divide num_hidden_layers=4",
+        ),
+        ({"parallel.virtual_pipeline": 2}, "parallel.virtual_pipeline=2 must go with parallel.pipeline above 1"),
+        ({"parallel.sequence": True}, "parallel.sequence=true must go with parallel.tensor above 1"),
+        ({"parallel.data": 3}, "parallel.data=3 must divide rollout.num_prompts=256"),
+        ({"parallel.data": 256}, "parallel.data=256 must divide train.batch_size=128"),
+        (
+            {"train.batch_size": 96},
+            "train.batch_size=96 must divide rollout.num_prompts=256 x algorithm.num_samples_per_prompt=4 = 1024",
+        ),
+        (
+            {"rollout.context_length": 4096},
+            "rollout.context_length=4096 must be at most the model's max_position_embeddings=2048",
+        ),
+        ({"rollout.max_response_tokens": 2048}, "rollout.max_response_tokens=2048 must be below "),
+        ({"rollout.server_tensor": 3}, "rollout.server_tensor=3 must divide num_attention_heads=4"),
+        ({"rollout.urls": ("host:1",)}, "rollout.urls=host:1 must start with http:// or https://"),
+        ({"rollout.port": 65536}, "rollout.port=65536 must be a port from 1 to 65535, or 0 for a free one"),
+        ({"model.path": ""}, "model.path is not set; pass --model.path=DIRECTORY of a Hugging Face model"),
+        ({"model.path": "/absent"}, "model.path=/absent must be an existing directory"),
+        ({"data.train.path": ""}, "data.train.path is not set; pass --data.train.path=FILE.jsonl"),
+        ({"data.train.path": "/absent.jsonl"}, "data.train.path=/absent.jsonl must be an existing file"),
+        ({"data.eval.size": 8}, "data.eval.path is not set"),
+        ({"data.train.kind": "reasoning_gym"}, "data.train.task is not set"),
+        ({"reward.kind": "reasoning_gym"}, "data.train.kind=jsonl must be reasoning_gym where reward.kind is"),
+        ({"data.prompt_template": "{prompt"}, "data.prompt_template='{prompt' must be a valid template"),
+        ({"data.prompt_template": "say"}, "data.prompt_template='say' must name a key in braces"),
+        ({"data.prompt_template": "{}"}, "data.prompt_template='{}' must name a key in braces"),
+        ({"optimizer.min_lr": 1.0}, "optimizer.min_lr=1.0 must be at most optimizer.lr=5e-07"),
+        ({"optimizer.lr": float("nan")}, "optimizer.lr=nan must be a finite number"),
+        ({"algorithm.gamma": 1.5}, "algorithm.gamma=1.5 must be between 0 and 1"),
+    ],
+)
+def test_a_value_that_cannot_run_is_named(make: Make, changes: dict[str, Any], expected: str) -> None:
+    assert message(make(changes)).startswith(expected)
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_a_word_that_is_no_choice_is_refused_with_the_choices(make: Make, key: str) -> None:
+    wanted = ", ".join(CHOICES[key])
+    assert message(make({key: "other"})) == f"{key}=other must be one of: {wanted}"
+
+
+@pytest.mark.parametrize("key", [key for keys in RANGES.values() for key in keys if key != "run.dir"])
+def test_a_negative_number_is_refused(make: Make, key: str) -> None:
+    assert message(make({key: -1})).startswith(f"{key}=-1 must be ")
+
+
+def test_every_number_has_a_range_but_the_rewards() -> None:
+    assert unchecked_numbers() == ["reward.correct", "reward.wrong"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{", "must hold a valid config.json"),
+        ("[]", "has architecture none named; it must be one of: LlamaForCausalLM, Qwen2ForCausalLM"),
+        (json.dumps({**MODEL, "architectures": ["GPT2LMHeadModel"]}), "has architecture GPT2LMHeadModel; it must"),
+        (json.dumps({**MODEL, "num_hidden_layers": None}), "has num_hidden_layers=None; it must be a positive"),
+        (json.dumps({**MODEL, "intermediate_size": 63}), "parallel.tensor=2 must divide intermediate_size=63"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused(make: Make, model_dir: Path, text: str, expected: str) -> None:
+    (model_dir / "config.json").write_text(text)
+    assert expected in message(make({"parallel.tensor": 2}))
+
+
+def test_a_directory_without_config_json_is_refused(make: Make, model_dir: Path) -> None:
+    (model_dir / "config.json").unlink()
+    assert message(make()).startswith(f"model.path={model_dir} must hold a readable config.json")
+
+
+def test_grouped_query_heads_default_to_the_heads(make: Make, model_dir: Path) -> None:
+    (model_dir / "config.json").write_text(json.dumps({k: v for k, v in MODEL.items() if "key_value" not in k}))
+    validate(make({"parallel.tensor": 4}), "train")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"sft.init": ""}, "sft.init is not set"),
+        ({"sft.data": ""}, "sft.data is not set"),
+        ({"sft.output": ""}, "sft.output is not set"),
+        ({"parallel.data": 3}, "parallel.data=3 must divide sft.batch_size=128"),
+        ({"parallel.tensor": 3}, "parallel.tensor=3 must divide num_attention_heads=4"),
+        ({"sft.min_lr": 1.0}, "sft.min_lr=1.0 must be at most sft.lr=0.001"),
+    ],
+)
+def test_sft_needs_its_own_section(make: Make, changes: dict[str, Any], expected: str) -> None:
+    assert message(make(changes), "sft").startswith(expected)
+
+
+def test_sft_must_not_overwrite_the_model_it_starts_from(make: Make, model_dir: Path) -> None:
+    assert "must differ from sft.init" in message(make({"sft.output": f"{model_dir}/."}), "sft")
+
+
+def test_sft_does_not_need_what_only_rollouts_use(make: Make) -> None:
+    validate(make({"model.path": "", "data.train.path": "", "rollout.num_prompts": 7}), "sft")
+
+
+def test_a_port_in_use_is_refused_and_a_free_or_attached_one_is_not(make: Make) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        expected = f"rollout.port={port} is in use on 127.0.0.1; choose another, or 0 for a free one"
+        with pytest.raises(ConfigError) as caught:
+            check_port(make({"rollout.port": port}))
+        assert str(caught.value) == expected
+        check_port(make({"rollout.port": port, "rollout.urls": ("http://other:1",)}))
+    check_port(make({"rollout.port": port}))
+
+
+def test_a_finished_run_is_not_overwritten_without_resume(make: Make, tmp_path: Path) -> None:
+    config = make({"run.dir": str(tmp_path)})
+    check_host(config, resume=False)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(ConfigError, match="already holds a run; pass --resume to continue it"):
+        check_host(config, resume=False)
+    check_host(config, resume=True)
