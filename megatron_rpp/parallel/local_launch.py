@@ -26,8 +26,8 @@ ERROR_PREFIX = "rpp: error: "
 """How the one line begins that a user's mistake ends with."""
 
 POLL_S = 0.05
-SETTLE_S = 2.0
-"""Ranks that meet the same user error end by themselves within this time."""
+SETTLE_S = 1.0
+"""Once a rank has failed, another may be about to tell the user why; it has this long."""
 LINES_SHOWN = 20
 INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -102,8 +102,7 @@ def _wait(job: _Job) -> int:
 def _fail(job: _Job) -> int:
     """One or more ranks have failed: end the others, show why, and choose the exit code."""
     first = job.failed()[0]
-    if _code(job.ranks[first]) == USER_ERROR:
-        _wait_until(lambda: not job.running(), SETTLE_S)
+    _wait_until(lambda: not job.running(), SETTLE_S)
     told = [n for n in job.failed() if _code(job.ranks[n]) == USER_ERROR]
     _end(job)
     if told:

@@ -50,7 +50,10 @@ def test_every_type_can_be_set_on_the_command_line() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[algorithm]\nkl_coeff = 1.0", "unknown key algorithm.kl_coeff in {}; did you mean algorithm.kl_coef?"),
+        (
+            "[algorithm]\nkl_coeff = 1.0",
+            "unknown key algorithm.kl_coeff in {}; did you mean algorithm.kl_coef?",
+        ),
         ("[algoritm]\ngamma = 1.0", "unknown key algoritm.gamma in {}; did you mean algorithm.gamma?"),
         ("[train]\nkl_coef = 1.0", "unknown key train.kl_coef in {}; did you mean algorithm.kl_coef?"),
         ("[data.train.nested]\nx = 1", "unknown key data.train.nested.x in {}; "),
@@ -80,7 +83,7 @@ def test_a_bad_file_is_named_with_what_to_change(tmp_path: Path, text: str, mess
         ("--run.steps=1e3", "run.steps=1e3 on the command line must be of type int"),
         ("--run.steps", "cannot read the argument '--run.steps'; settings are written --section.key=value"),
         ("-run.steps=1", "cannot read the argument '-run.steps=1'; settings are written --section.key=value"),
-        ("--parallel.sequence=yes", "parallel.sequence='yes' "),
+        ("--parallel.sequence=yes", "parallel.sequence=yes on the command line must be of type bool"),
         ("--data.train.task_args={", "data.train.task_args={ on the command line must be of type table"),
         ("--run.stepz=1", "unknown key run.stepz in the command line; did you mean run.steps?"),
     ],
@@ -92,7 +95,7 @@ def test_a_bad_override_says_what_to_change(override: str, message: str) -> None
 
 
 def test_a_missing_file_is_a_config_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot read configuration .*absent.toml: No such file"):
+    with pytest.raises(ConfigError, match=r"cannot read configuration .*absent\.toml: No such file"):
         load_config([str(tmp_path / "absent.toml")], [])
 
 

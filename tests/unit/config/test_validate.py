@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,19 @@ from megatron_rpp.config.preflight import check_host, check_port
 from megatron_rpp.config.ranges import CHOICES, RANGES, unchecked_numbers
 from megatron_rpp.config.schema import Config
 from megatron_rpp.config.validate import Command, validate
-from tests.unit.config.conftest import MODEL, Make
+
+Make = Callable[..., Config]
 
 
 def message(config: Config, command: Command = "train") -> str:
     with pytest.raises(ConfigError) as caught:
         validate(config, command)
     return str(caught.value)
+
+
+def edit(model_dir: Path, name: str, value: Any) -> None:
+    path = model_dir / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
 
 
 def test_valid_configurations_pass(make: Make) -> None:
@@ -38,13 +45,17 @@ def test_valid_configurations_pass(make: Make) -> None:
             {"parallel.pipeline": 2, "parallel.virtual_pipeline": 4},
             "parallel.pipeline=2 x parallel.virtual_pipeline=4 must divide num_hidden_layers=4",
         ),
-        ({"parallel.virtual_pipeline": 2}, "parallel.virtual_pipeline=2 must go with parallel.pipeline above 1"),
+        (
+            {"parallel.virtual_pipeline": 2},
+            "parallel.virtual_pipeline=2 must go with parallel.pipeline above 1",
+        ),
         ({"parallel.sequence": True}, "parallel.sequence=true must go with parallel.tensor above 1"),
         ({"parallel.data": 3}, "parallel.data=3 must divide rollout.num_prompts=256"),
         ({"parallel.data": 256}, "parallel.data=256 must divide train.batch_size=128"),
         (
             {"train.batch_size": 96},
-            "train.batch_size=96 must divide rollout.num_prompts=256 x algorithm.num_samples_per_prompt=4 = 1024",
+            "train.batch_size=96 must divide rollout.num_prompts=256 x "
+            "algorithm.num_samples_per_prompt=4 = 1024",
         ),
         (
             {"rollout.context_length": 4096},
@@ -60,7 +71,10 @@ def test_valid_configurations_pass(make: Make) -> None:
         ({"data.train.path": "/absent.jsonl"}, "data.train.path=/absent.jsonl must be an existing file"),
         ({"data.eval.size": 8}, "data.eval.path is not set"),
         ({"data.train.kind": "reasoning_gym"}, "data.train.task is not set"),
-        ({"reward.kind": "reasoning_gym"}, "data.train.kind=jsonl must be reasoning_gym where reward.kind is"),
+        (
+            {"reward.kind": "reasoning_gym"},
+            "data.train.kind=jsonl must be reasoning_gym where reward.kind is",
+        ),
         ({"data.prompt_template": "{prompt"}, "data.prompt_template='{prompt' must be a valid template"),
         ({"data.prompt_template": "say"}, "data.prompt_template='say' must name a key in braces"),
         ({"data.prompt_template": "{}"}, "data.prompt_template='{}' must name a key in braces"),
@@ -93,13 +107,25 @@ def test_every_number_has_a_range_but_the_rewards() -> None:
     [
         ("{", "must hold a valid config.json"),
         ("[]", "has architecture none named; it must be one of: LlamaForCausalLM, Qwen2ForCausalLM"),
-        (json.dumps({**MODEL, "architectures": ["GPT2LMHeadModel"]}), "has architecture GPT2LMHeadModel; it must"),
-        (json.dumps({**MODEL, "num_hidden_layers": None}), "has num_hidden_layers=None; it must be a positive"),
-        (json.dumps({**MODEL, "intermediate_size": 63}), "parallel.tensor=2 must divide intermediate_size=63"),
     ],
 )
-def test_a_model_that_does_not_fit_is_refused(make: Make, model_dir: Path, text: str, expected: str) -> None:
+def test_a_config_json_of_no_model_is_refused(make: Make, model_dir: Path, text: str, expected: str) -> None:
     (model_dir / "config.json").write_text(text)
+    assert expected in message(make())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("architectures", ["GPT2LMHeadModel"], "has architecture GPT2LMHeadModel; it must be one of"),
+        ("num_hidden_layers", None, "has num_hidden_layers=None; it must be a positive number"),
+        ("intermediate_size", 63, "parallel.tensor=2 must divide intermediate_size=63"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused(
+    make: Make, model_dir: Path, name: str, value: Any, expected: str
+) -> None:
+    edit(model_dir, name, value)
     assert expected in message(make({"parallel.tensor": 2}))
 
 
@@ -109,7 +135,7 @@ def test_a_directory_without_config_json_is_refused(make: Make, model_dir: Path)
 
 
 def test_grouped_query_heads_default_to_the_heads(make: Make, model_dir: Path) -> None:
-    (model_dir / "config.json").write_text(json.dumps({k: v for k, v in MODEL.items() if "key_value" not in k}))
+    edit(model_dir, "num_key_value_heads", None)
     validate(make({"parallel.tensor": 4}), "train")
 
 

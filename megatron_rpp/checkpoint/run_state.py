@@ -1,0 +1,22 @@
+"""What a resumed run needs besides model and optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunState:
+    """State after `step` rollout batches. Sampling seeds derive from run.seed and the step, so none is kept."""
+
+    step: int  # rollout batches trained on; also the policy version
+    prompts: dict[str, Any]  # cursor of the prompt source
+    schedule: dict[str, Any]  # Megatron's OptimizerParamScheduler
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> RunState:
+        return cls(**raw)

@@ -1,0 +1,5 @@
+"""Empty: SGLang imports the name only."""
+
+from torchvision.transforms.v2 import functional
+
+__all__ = ["functional"]

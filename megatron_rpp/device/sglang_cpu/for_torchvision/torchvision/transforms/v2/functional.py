@@ -1,0 +1,1 @@
+"""Empty: SGLang imports the name only."""

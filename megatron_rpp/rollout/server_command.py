@@ -1,0 +1,69 @@
+"""Command line and environment of one SGLang server; pure functions of the configuration."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+
+from megatron_rpp.config.schema import RolloutConfig
+from megatron_rpp.device import sglang_cpu
+
+HOST = "127.0.0.1"
+
+# Set for the trainer's ranks by torchrun or srun: torch.distributed in the server would join their job.
+_TRAINER_ONLY = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+_TRAINER_ONLY_PREFIXES = ("TORCHELASTIC_", "MASTER_", "ROLE_", "PMI_", "PMIX_", "OMPI_", "MPI_")
+
+_CPU_FLAGS = (
+    *("--attention-backend", "torch_native"),
+    *("--sampling-backend", "pytorch"),
+    *("--grammar-backend", "none"),
+    *("--cuda-graph-backend-decode", "disabled"),
+    *("--cuda-graph-backend-prefill", "disabled"),
+    "--skip-server-warmup",
+    "--enable-deterministic-inference",  # per-sample seeds; see device/sglang_cpu/plugin
+)
+
+
+def server_command(model_path: str, rollout: RolloutConfig, dtype: str, device: str, port: int) -> list[str]:
+    """The command; `rollout.server_args` come last, so that they win."""
+    command = [
+        *(sys.executable, "-m", "sglang.launch_server"),
+        *("--model-path", model_path),
+        *("--host", HOST, "--port", str(port)),
+        *("--device", device, "--dtype", dtype),
+        *("--tp-size", str(rollout.server_tensor)),
+        *("--context-length", str(rollout.context_length)),
+        "--skip-tokenizer-init",  # token ids go in and come out; the trainer decodes
+    ]
+    if device == "cpu":
+        # Without a limit the KV cache takes all memory.
+        command += [*_CPU_FLAGS, "--max-total-tokens", str(rollout.max_total_tokens)]
+    return [*command, *rollout.server_args]
+
+
+def server_environment(base: Mapping[str, str], rollout: RolloutConfig, device: str) -> dict[str, str]:
+    """The trainer's environment `base` without its rank; on CPU with the stand-ins and one thread a rank."""
+    env = {
+        name: value
+        for name, value in base.items()
+        if name not in _TRAINER_ONLY and not name.startswith(_TRAINER_ONLY_PREFIXES)
+    }
+    env["PYTHONUNBUFFERED"] = "1"  # the log's last lines matter when the server dies
+    env.setdefault("HF_HUB_OFFLINE", "1")  # the model is a local directory
+    if device == "cpu":
+        env |= _cpu_environment(env.get("PYTHONPATH", ""), rollout.server_tensor)
+    return env
+
+
+def _cpu_environment(python_path: str, tp_size: int) -> dict[str, str]:
+    folders = [*sglang_cpu.python_path(), *filter(None, [python_path])]
+    return {
+        "PYTHONPATH": os.pathsep.join(folders),
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "SGLANG_EXTERNAL_MODEL_PACKAGE": sglang_cpu.MODEL_PACKAGE,
+        "SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(rank) for rank in range(tp_size)),
+        "OMP_NUM_THREADS": "1",  # more threads on busy cores are many times slower
+        "TORCHDYNAMO_DISABLE": "1",  # torch.compile would start a C++ compiler at the first request
+    }

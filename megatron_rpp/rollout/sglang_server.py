@@ -1,0 +1,191 @@
+"""One SGLang server process on loopback: spawn, wait, stop. It does not outlive the trainer.
+
+The kernel kills the server when the *thread* that called `start()` ends, so call it from a thread
+that lives as long as the server is wanted (the main thread).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import requests
+
+from megatron_rpp.config.schema import RolloutConfig
+from megatron_rpp.rollout import die_with_parent
+from megatron_rpp.rollout.protocol import RolloutError
+from megatron_rpp.rollout.server_command import HOST, server_command, server_environment
+
+_PORT_ATTEMPTS = 3
+_TAIL_LINES = 30
+
+
+class SGLangServer:
+    """`start()`, then `wait_ready(deadline_s)`; `stop()` when done. Usable again after `stop()`."""
+
+    def __init__(
+        self,
+        model_path: str,
+        rollout: RolloutConfig,
+        *,
+        dtype: str,
+        log_path: Path,
+        device: str = "cpu",
+        port: int | None = None,  # None: rollout.port; 0: a free one
+        command: Callable[[int], list[str]] | None = None,  # of a port; tests put a small program here
+    ) -> None:
+        self._rollout, self._device, self._log_path = rollout, device, log_path
+        self._wanted_port = rollout.port if port is None else port
+        self._command = command or (lambda p: server_command(model_path, rollout, dtype, device, p))
+        self._port = self._wanted_port
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0  # of the present process, in bytes: the log keeps earlier ones
+        self._starts = 0  # since the last `start()`
+
+    @property
+    def url(self) -> str:
+        """Base URL; known after `start()`, and changed by a restart if the port was 0."""
+        return f"http://{HOST}:{self._port}"
+
+    @property
+    def pid(self) -> int | None:
+        """Process id, which is also its process group's; None when not started."""
+        return self._process.pid if self._process else None
+
+    def is_alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Spawn; returns at once. Raises ValueError if the requested port is in use."""
+        assert self._process is None, "start() on a server that was not stopped"
+        self._starts = 0
+        self._spawn()
+
+    def wait_ready(self, deadline_s: float) -> None:
+        """Wait until it answers. Raises RolloutError with the end of its log if it dies or takes too long."""
+        end = time.monotonic() + deadline_s
+        while not self._is_healthy():
+            if not self.is_alive():
+                self._retry_or_raise()
+            elif time.monotonic() > end:
+                self.stop()
+                raise RolloutError(
+                    f"SGLang server {self.url} was not ready after rollout.startup_deadline_s="
+                    f"{deadline_s:g} s; the end of its log {self._log_path}:\n{self.log_tail()}"
+                )
+            time.sleep(0.2)
+
+    def restart(self, deadline_s: float) -> None:
+        """Stop what is left of it, start anew, and wait until it answers. It holds the weights of `model_path`."""
+        self.stop()
+        self.start()
+        self.wait_ready(deadline_s)
+
+    def stop(self, grace_s: float = 5.0) -> None:
+        """End the process and everything in its group; returns when all are gone. Safe to call twice."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        _signal_group(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=grace_s)
+        _signal_group(process.pid, signal.SIGKILL)
+        process.wait()
+        _wait_for_group(process.pid)
+
+    def log_tail(self, lines: int = _TAIL_LINES) -> str:
+        """The last lines that the present process wrote."""
+        with contextlib.suppress(FileNotFoundError), self._log_path.open("rb") as log:
+            log.seek(self._log_start)
+            return "\n".join(log.read().decode(errors="replace").splitlines()[-lines:])
+        return ""
+
+    def _spawn(self) -> None:
+        self._starts += 1
+        self._port = _claim_port(self._wanted_port)
+        self._log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self._log_path.open("ab") as log:
+            self._log_start = log.seek(0, os.SEEK_END)
+            self._process = subprocess.Popen(
+                [sys.executable, "-S", die_with_parent.__file__, str(os.getpid()), *self._command(self._port)],
+                env=server_environment(os.environ, self._rollout, self._device),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # its own process group, and no Ctrl-C from the terminal
+            )
+
+    def _retry_or_raise(self) -> None:
+        """It died while starting: again if another process took one of its ports in between."""
+        process, tail = self._process, self.log_tail()
+        assert process is not None, "wait_ready() before start()"
+        self.stop()
+        if "address already in use" in tail.lower() and self._starts < _PORT_ATTEMPTS:
+            self._spawn()
+            return
+        raise RolloutError(
+            f"SGLang server {self.url} died while starting ({_describe_exit(process.returncode)}); "
+            f"the end of its log {self._log_path}:\n{tail}"
+        )
+
+    def _is_healthy(self) -> bool:
+        return self.is_alive() and is_healthy(self.url)
+
+
+def is_healthy(url: str, timeout_s: float = 5.0) -> bool:
+    """It answers GET /health with 200; SGLang does so once its scheduler gave a sign of life."""
+    try:
+        with requests.Session() as session:
+            session.trust_env = False  # a proxy of the environment does not know the loopback
+            return session.get(f"{url}/health", timeout=timeout_s).status_code == 200
+    except requests.RequestException:
+        return False
+
+
+def _claim_port(wanted: int) -> int:
+    """`wanted` if it is free (ValueError if not), or a free port that the system chose for 0."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        # A port in TIME_WAIT, left by a server that has just ended, is free; a listening one still fails.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, wanted))
+        except OSError as error:
+            raise ValueError(
+                f"rollout.port={wanted} is in use on {HOST}; choose another or 0 for a free one"
+            ) from error
+        return int(probe.getsockname()[1])
+
+
+def _signal_group(group: int, signum: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signum)
+
+
+def _wait_for_group(group: int, timeout_s: float = 10.0) -> None:
+    """Until no process of the group runs; a zombie that its new parent has not reaped counts as gone."""
+    end = time.monotonic() + timeout_s
+    while _is_group_running(group) and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+def _is_group_running(group: int) -> bool:
+    for process in psutil.process_iter(["status"]):
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                return True
+    return False
+
+
+def _describe_exit(code: int) -> str:
+    if code >= 0:
+        return f"exit status {code}"
+    hint = "; out of memory?" if code == -signal.SIGKILL else ""
+    return f"killed by {signal.Signals(-code).name}{hint}"

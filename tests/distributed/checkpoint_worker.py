@@ -1,0 +1,50 @@
+"""One rank: train two steps, save; or load and report the state, then train a third step."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_rpp.checkpoint.manager import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_rpp.checkpoint.run_state import RunState
+from megatron_rpp.engine.advantages import add_advantages
+from megatron_rpp.engine.optimizer import make_trainable
+from megatron_rpp.engine.train_step import train_step
+from megatron_rpp.model.build import build_model
+from megatron_rpp.model.export_hf import hf_tensors
+from megatron_rpp.parallel import bootstrap
+from tests.distributed.invariance_worker import ROWS, fixed_batch
+from tests.distributed.layouts import worker_config
+
+
+def main() -> None:
+    arguments = json.loads(sys.argv[2])
+    config, _ = worker_config(arguments["model"])
+    parallel = bootstrap.initialize(config.parallel, seed=0)
+    model = build_model(config, parallel, path=config.model.path)
+    policy, optimizer = make_trainable(model, config.optimizer, total_steps=10)
+    batch = fixed_batch().rows(torch.arange(parallel.dp_rank, ROWS, parallel.dp_size))
+    batch, _ = add_advantages(batch, config.algorithm, parallel)
+    if arguments["action"] == "save":
+        for _ in range(2):
+            train_step(policy, optimizer, batch, config)
+        state = RunState(step=2, prompts={"cursor": 5}, schedule=optimizer.schedule.state_dict())
+        save_checkpoint(arguments["run_dir"], policy, optimizer, state, keep=1)
+    else:
+        path = latest_checkpoint(arguments["run_dir"])
+        assert path is not None
+        assert load_checkpoint(path, policy, optimizer).prompts == {"cursor": 5}
+    stats = train_step(policy, optimizer, batch, config)
+    weights = {name: tensor.clone() for name, tensor in hf_tensors(policy)}
+    if parallel.tp_rank == 0 and parallel.dp_rank == 0:
+        result: dict[str, Any] = {"stats": stats, "weights": weights}
+        torch.save(result, Path(arguments["out"]) / f"stage{parallel.pp_rank}.pt")
+    bootstrap.shutdown()
+
+
+if __name__ == "__main__":
+    main()

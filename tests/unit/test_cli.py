@@ -1,0 +1,179 @@
+"""The command `rpp` as a user meets it: exit codes, one clear line, and no torch where none is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_rpp import cli
+from megatron_rpp.config.fields import fields
+
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 2048,
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with run.toml, a model's config.json and a data file; all of them valid."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(MODEL))
+    (tmp_path / "data.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n' * 3)
+    (tmp_path / "run.toml").write_text(
+        f'[run]\ndir = "{tmp_path}/run"\n[model]\npath = "{tmp_path}/model"\n'
+        f'[data.train]\npath = "{tmp_path}/data.jsonl"\n'
+        f'[sft]\ninit = "{tmp_path}/model"\ndata = "{tmp_path}/data.jsonl"\noutput = "{tmp_path}/warm"\n'
+    )
+    return tmp_path
+
+
+def rpp(*words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-m", "megatron_rpp.cli", *words]
+    clean = {key: value for key, value in os.environ.items() if key not in ("WORLD_SIZE", "RANK")}
+    return subprocess.run(argv, capture_output=True, text=True, timeout=60, env={**clean, **(env or {})})
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["sft", "-h"], []])
+def test_help_answers_fast_and_imports_nothing_heavy(words: list[str]) -> None:
+    code = (
+        "import sys; from megatron_rpp import cli; cli.main(sys.argv[1:]); "
+        "heavy = {'torch', 'numpy', 'rich', 'transformers', 'requests'}; "
+        "print(*sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=30)
+    assert time.monotonic() - start < 1.0
+    assert f"rpp {words[0] if words and words[0] != '--help' else 'train'} CONFIG.toml" in done.stdout
+    assert done.stderr == "\n"
+
+
+def test_train_help_lists_every_key_with_type_default_and_docstring() -> None:
+    text = rpp("train", "--help").stdout
+    assert all(f"--{key}=<" in text for key in fields())
+    entry = "--optimizer.lr=<float>   default: 5e-07\n      Peak learning rate.\n"
+    assert entry in text
+
+
+def test_validation_does_not_import_torch(project: Path) -> None:
+    code = (
+        "import sys; from megatron_rpp import cli; cli.main(sys.argv[1:]); "
+        "sys.exit(3 if 'torch' in sys.modules else 0)"
+    )
+    argv = [sys.executable, "-c", code, "train", str(project / "run.toml"), "--parallel.tensor=3"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (
+        0,
+        "rpp: error: parallel.tensor=3 must divide num_attention_heads=4\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["walk"], "unknown command walk; it must be one of: train, sft, report"),
+        (["train"], "no configuration file; write: rpp train CONFIG.toml"),
+        (
+            ["train", "{}/run.toml", "--run.stepz=1"],
+            "unknown key run.stepz in the command line; did you mean",
+        ),
+        (["train", "{}/run.toml", "--model.path="], "model.path is not set; pass --model.path=DIRECTORY"),
+        (["train", "{}/run.toml", "--data.train.path={}/bad.jsonl"], "{}/bad.jsonl:2: "),
+        (["train", "{}/run.toml", "--data.prompt_template={{question}}"], "{}/data.jsonl:1: no `question`"),
+        (["sft", "{}/run.toml", "--resume"], "--resume is for `rpp train`"),
+        (["sft", "{}/run.toml", "--sft.output="], "sft.output is not set"),
+        (["sft", "{}/run.toml", "--sft.data={}/bad.jsonl"], "{}/bad.jsonl:2: "),
+        (["report"], "write: rpp report RUN_DIR"),
+        (["report", "{}/none"], "{}/none/metrics.jsonl holds no steps"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(
+    project: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    (project / "bad.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n{"prompt": \n')
+    assert cli.main([word.format(project) for word in words]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("rpp: error: " + message.format(project)) and shown.count("\n") == 1
+    assert not (project / "run").exists()
+
+
+def test_a_run_is_not_overwritten_without_resume(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "run").mkdir()
+    (project / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
+    assert cli.main(["train", str(project / "run.toml")]) == 2
+    assert (
+        "already holds a run; pass --resume to continue it, or another --run.dir" in capsys.readouterr().err
+    )
+
+
+def test_a_launcher_with_the_wrong_number_of_ranks_is_refused(project: Path) -> None:
+    done = rpp("train", str(project / "run.toml"), env={"WORLD_SIZE": "2", "RANK": "0"})
+    assert done.returncode == 2
+    sizes = "parallel.tensor=1 x parallel.pipeline=1 x parallel.data=1"
+    assert done.stderr == f"rpp: error: {sizes} must equal the number of ranks in the job, 2\n"
+
+
+@pytest.fixture
+def fake_train(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Ranks import this file in place of megatron_rpp.train; tests write its body."""
+    (project / "sitecustomize.py").write_text(
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('megatron_rpp.train', r'{project}/fake.py')\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        return spec if name == 'megatron_rpp.train' else None\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{project}{os.pathsep}{Path(cli.__file__).parents[1]}")
+    return project / "fake.py"
+
+
+def train(project: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return rpp("train", str(project / "run.toml"), "--parallel.data=2", *more)
+
+
+def test_every_rank_runs_the_same_configuration(project: Path, fake_train: Path) -> None:
+    fake_train.write_text(
+        "import os, sys\n"
+        "def run(config, *, resume):\n"
+        "    print('rank', os.environ['RANK'], config.run.steps, config.parallel.data, resume)\n"
+    )
+    done = train(project, "--run.steps=5", "--resume")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "rank 0 5 2 True\n", "")
+    assert (project / "run" / "logs" / "rank-1.txt").read_text() == "rank 1 5 2 True\n"
+
+
+def test_a_users_mistake_inside_the_ranks_is_one_line_from_rank_0(project: Path, fake_train: Path) -> None:
+    fake_train.write_text("def run(config, *, resume):\n    raise ValueError('prompt 3 is\\nlonger')\n")
+    done = train(project)
+    assert (done.returncode, done.stderr) == (2, "rpp: error: prompt 3 is longer\n")
+    assert "Traceback" in (project / "run" / "logs" / "rank-0.txt").read_text()  # for a bug of ours
+
+
+def test_a_crash_shows_its_traceback_and_ends_with_1(project: Path, fake_train: Path) -> None:
+    fake_train.write_text(
+        "import os, time\n"
+        "def run(config, *, resume):\n"
+        "    if os.environ['RANK'] == '1': raise RuntimeError('boom')\n"
+        "    time.sleep(60)\n"
+    )
+    done = train(project)
+    assert done.returncode == 1
+    assert "rpp: rank 1 ended with exit code 1" in done.stderr and "RuntimeError: boom" in done.stderr
+    assert (project / "run" / "logs" / "rank-1.txt").read_text().count("RuntimeError: boom") == 1
+
+
+def test_report_draws_the_picture_and_prints_the_summary(project: Path) -> None:
+    (project / "metrics.jsonl").write_text('{"step": 0, "reward/mean": 0.5, "eval/accuracy": 0.5}\n')
+    done = rpp("report", str(project))
+    assert done.returncode == 0 and "held-out accuracy 50.0% (step 0)" in done.stdout
+    assert (project / "curve.png").exists()
