@@ -21,8 +21,9 @@ def train_step(policy: Model, optimizer: Optimizer, batch: ExperienceBatch, conf
     A mini-batch takes the same share of rows from every replica, in order.
 
     Returns:
-        Token means over the whole rollout batch, with the mean gradient norm and the last learning rate;
-        `first_ratio/mean` is that of the first mini-batch, before any update (1 up to rounding).
+        Token means over the whole rollout batch, with the mean gradient norm and the last learning rate.
+        `ratio/mean` is that of the first mini-batch alone, before any update: 1, or scoring and training
+        disagree. `ratio/mean_all` is over all of them.
     """
     rows = config.train.batch_size // policy.parallel.dp_size
     totals: dict[str, float] = {}
@@ -44,7 +45,8 @@ def train_step(policy: Model, optimizer: Optimizer, batch: ExperienceBatch, conf
     return {
         **means,
         "loss/total": means["loss/policy"],
-        "first_ratio/mean": first_ratio,
+        "ratio/mean": first_ratio,
+        "ratio/mean_all": means["ratio/mean"],
         "grad_norm": sum(norms) / len(norms),
         "lr": optimizer.lr,
     }

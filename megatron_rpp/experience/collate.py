@@ -15,16 +15,10 @@ def collate(
     rollouts: Sequence[Rollout], rewards: Sequence[float], *, pad_token_id: int, device: torch.device
 ) -> ExperienceBatch:
     """One row a rollout, prompt then response, padded on the right to the longest."""
-    width = max(len(r.prompt.token_ids) + len(r.response_ids) for r in rollouts)
-    tokens = torch.full((len(rollouts), width), pad_token_id, dtype=torch.int64)
-    loss_mask = torch.zeros(len(rollouts), width)
-    rollout_logprobs = torch.zeros(len(rollouts), width)
-    for row, rollout in enumerate(rollouts):
-        start, end = len(rollout.prompt.token_ids), len(rollout.prompt.token_ids) + len(rollout.response_ids)
-        tokens[row, :start] = torch.tensor(rollout.prompt.token_ids)
-        tokens[row, start:end] = torch.tensor(rollout.response_ids)
-        loss_mask[row, start:end] = 1.0
-        rollout_logprobs[row, start:end] = torch.tensor(rollout.rollout_logprobs)
+    rows = [(r.prompt.token_ids, r.response_ids) for r in rollouts]
+    tokens, loss_mask = pad_rows(rows, pad_token_id)
+    rollout_logprobs = torch.zeros_like(loss_mask)
+    rollout_logprobs[loss_mask != 0] = torch.tensor([x for r in rollouts for x in r.rollout_logprobs])
     return ExperienceBatch(
         tokens=tokens.to(device),
         loss_mask=loss_mask.to(device),
@@ -32,6 +26,18 @@ def collate(
         rewards=torch.tensor(list(rewards), dtype=torch.float32, device=device),
         group_ids=torch.tensor([r.group_id for r in rollouts], device=device),
     )
+
+
+def pad_rows(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """(prompt ids, response ids) rows to (tokens [B, S] int64, loss_mask [B, S] float32), padded on the right."""
+    width = max(len(prompt) + len(response) for prompt, response in rows)
+    tokens = torch.full((len(rows), width), pad_token_id, dtype=torch.int64)
+    loss_mask = torch.zeros(len(rows), width)
+    for row, (prompt, response) in enumerate(rows):
+        start, end = len(prompt), len(prompt) + len(response)
+        tokens[row, :end] = torch.tensor([*prompt, *response])
+        loss_mask[row, start:end] = 1.0
+    return tokens, loss_mask
 
 
 def split_microbatches(

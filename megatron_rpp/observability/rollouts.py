@@ -37,16 +37,22 @@ class RolloutLike(Protocol):
     def policy_version(self) -> int: ...
 
 
-def rollouts_path(run_dir: str | Path, step: int) -> Path:
-    """The file of one step."""
-    return Path(run_dir) / "rollouts" / f"step-{step}.jsonl"
+def rollouts_path(run_dir: str | Path, step: int, replica: int = 0) -> Path:
+    """The file of one step; data-parallel replicas above the first have their own."""
+    name = f"step-{step}.jsonl" if replica == 0 else f"step-{step}.replica-{replica}.jsonl"
+    return Path(run_dir) / "rollouts" / name
 
 
 def write_rollouts(
-    run_dir: str | Path, step: int, rollouts: Sequence[RolloutLike], rewards: Sequence[float]
+    run_dir: str | Path,
+    step: int,
+    rollouts: Sequence[RolloutLike],
+    rewards: Sequence[float],
+    *,
+    replica: int = 0,
 ) -> Path:
     """Write one object a response; a step that is run again replaces its file whole."""
-    path = rollouts_path(run_dir, step)
+    path = rollouts_path(run_dir, step, replica)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:

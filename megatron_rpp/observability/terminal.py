@@ -110,9 +110,11 @@ def _live(out: TextIO) -> Any:
 
 
 def _table(rows: list[list[str]], progress: str) -> RenderableType:
+    from rich import box
     from rich.table import Table
 
-    table = Table(caption=progress or None, caption_justify="left")
+    # No lines between the columns: all of them must fit in 80 characters.
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), caption=progress or None, caption_justify="left")
     for title in ("step", *(column.title for column in COLUMNS), "ETA"):
         table.add_column(title, justify="right")
     for row in rows:

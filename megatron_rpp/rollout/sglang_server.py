@@ -84,7 +84,7 @@ class SGLangServer:
             time.sleep(0.2)
 
     def restart(self, deadline_s: float) -> None:
-        """Stop what is left of it, start anew, and wait until it answers. It holds the weights of `model_path`."""
+        """Stop what is left of it, start anew, with the weights of `model_path`, and wait."""
         self.stop()
         self.start()
         self.wait_ready(deadline_s)
@@ -109,13 +109,20 @@ class SGLangServer:
         return ""
 
     def _spawn(self) -> None:
+        """On a free port, as the leader of a new process group, with its output in the log."""
         self._starts += 1
         self._port = _claim_port(self._wanted_port)
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         with self._log_path.open("ab") as log:
             self._log_start = log.seek(0, os.SEEK_END)
             self._process = subprocess.Popen(
-                [sys.executable, "-S", die_with_parent.__file__, str(os.getpid()), *self._command(self._port)],
+                [
+                    sys.executable,
+                    "-S",
+                    die_with_parent.__file__,
+                    str(os.getpid()),
+                    *self._command(self._port),
+                ],
                 env=server_environment(os.environ, self._rollout, self._device),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -162,6 +169,10 @@ def _claim_port(wanted: int) -> int:
                 f"rollout.port={wanted} is in use on {HOST}; choose another or 0 for a free one"
             ) from error
         return int(probe.getsockname()[1])
+
+
+def _under_this_process() -> list[str]:
+    return [sys.executable, "-S", die_with_parent.__file__, str(os.getpid())]
 
 
 def _signal_group(group: int, signum: int) -> None:

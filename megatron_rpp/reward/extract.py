@@ -1,0 +1,105 @@
+"""Finds the final answer in a response. Plain text in, plain text out; linear in the text's length."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+MAX_ANSWER_CHARS = 1000
+"""A longer answer is no answer: it counts as wrong and is never parsed."""
+
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+_PLAIN_NUMBER = re.compile(r"([-+]?)(\d{1,100}|\d{1,3}(?:,\d{3}){1,30})(\.\d{1,100})?(?:/(\d{1,100}))?")
+_ANSWER_IS = re.compile(r"\banswer(?: is\b|:)[\s:]*", re.IGNORECASE)
+_TWO_WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,} +[A-Za-z]{2,}")
+_UNEVALUATED = re.compile(r"\d\s*(?:[-+*\u00d7\u00b7\u00f7]|\\times|\\cdot|\\div)\s*[-{(]*\d")
+_SCIENTIFIC = re.compile(r"(?:[*\u00d7\u00b7]|\\times|\\cdot)\s*10\s*\^")
+
+
+def final_answer(text: str) -> str:
+    r"""What \boxed{}, <answer>, `####` or "answer is" marks; else a bare answer, the last number, or ""."""
+    marked = marked_answer(text)
+    if marked is not None:
+        return marked
+    bare = clean(text)
+    return bare if _is_bare(bare) else last_number(text)
+
+
+def marked_answer(text: str) -> str | None:
+    r"""The answer that the response marks as such, or None."""
+    for find in (_boxed, _tagged, _hashed, _answer_is):
+        found = find(text)
+        if found is not None and (found := clean(found)):
+            return found
+    return None
+
+
+def last_number(text: str) -> str:
+    """The last number in the text, or ""."""
+    numbers = _NUMBER.findall(text)
+    return numbers[-1].rstrip(",") if numbers else ""
+
+
+def clean(text: str) -> str:
+    """`text` without what surrounds an answer: white space, dollar signs, asterisks, a full stop."""
+    text = text.strip()
+    for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]")):
+        if text.startswith(opening) and text.endswith(closing):
+            text = text[2:-2]
+    return text.strip(" \t\r\n$*`").rstrip(".,;").strip(" \t$*`")
+
+
+def plain_number(text: str) -> Fraction | None:
+    """The value of an integer, decimal or simple fraction (`-1,234.5`, `3/4`), exactly; else None."""
+    match = _PLAIN_NUMBER.fullmatch(text.strip())
+    if match is None:
+        return None
+    sign, whole, decimals, denominator = match.groups()
+    if denominator is not None and (decimals is not None or int(denominator) == 0):
+        return None
+    value = Fraction(whole.replace(",", "") + (decimals or "")) / int(denominator or 1)
+    return -value if sign == "-" else value
+
+
+def is_unevaluated(text: str) -> bool:
+    """Whether the text is arithmetic left to do, such as `12 + 5`, and not a value."""
+    return bool(_UNEVALUATED.search(text)) and not _SCIENTIFIC.search(text)
+
+
+def _is_bare(text: str) -> bool:
+    return 0 < len(text) <= 64 and "\n" not in text and not _TWO_WORDS.search(text)
+
+
+def _boxed(text: str) -> str | None:
+    start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
+    if start < 0:
+        return None
+    begin = text.index("{", start) + 1
+    depth = 1
+    for i in range(begin, min(len(text), begin + MAX_ANSWER_CHARS + 1)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return text[begin:i]
+    return None
+
+
+def _tagged(text: str) -> str | None:
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, end) if end >= 0 else -1
+    return text[start + len("<answer>") : end] if start >= 0 else None
+
+
+def _hashed(text: str) -> str | None:
+    start = text.rfind("####")
+    return text[start + 4 :].lstrip(" \t").split("\n", 1)[0] if start >= 0 else None
+
+
+def _answer_is(text: str) -> str | None:
+    matches = list(_ANSWER_IS.finditer(text))
+    if not matches:
+        return None
+    sentence = re.split(r"\n|\.\s", text[matches[-1].end() :], maxsplit=1)[0]
+    if _is_bare(clean(sentence)):
+        return sentence
+    number = _NUMBER.search(sentence)
+    return number.group() if number else sentence

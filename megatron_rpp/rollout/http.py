@@ -1,0 +1,73 @@
+"""Small JSON requests to a server, with errors that name it and repeat what it said."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import requests
+
+from megatron_rpp.rollout.protocol import RolloutError
+
+_MAX_MESSAGE = 2000
+
+
+class HttpFailure(Exception):
+    """A reply that is not 200."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(f"HTTP {status}: {message}")
+        self.status = status
+
+    @property
+    def is_transient(self) -> bool:
+        """Sending it again may help: the server failed or is busy, and the request is not wrong."""
+        return self.status >= 500 or self.status in (408, 429)
+
+
+def post_json(url: str, endpoint: str, payload: dict[str, object], timeout_s: float) -> dict[str, object]:
+    """POST `payload` to url/endpoint. Raises RolloutError for anything but 200 with success."""
+    return _call("POST", url, endpoint, payload, timeout_s)
+
+
+def get_json(url: str, endpoint: str, timeout_s: float) -> dict[str, object]:
+    """GET url/endpoint. Raises RolloutError for anything but 200."""
+    return _call("GET", url, endpoint, None, timeout_s)
+
+
+def reply_message(body: str) -> str:
+    """The message in an error body of SGLang, or the body itself."""
+    try:
+        reply: Any = json.loads(body)
+    except ValueError:
+        return body[:_MAX_MESSAGE]
+    if isinstance(reply, dict):
+        error = reply.get("error")
+        reply = (error.get("message") if isinstance(error, dict) else error) or reply.get("message") or reply
+    return str(reply)[:_MAX_MESSAGE]
+
+
+def _call(method: str, url: str, endpoint: str, payload: Any, timeout_s: float) -> dict[str, object]:
+    where = f"{url.rstrip('/')}/{endpoint.strip('/')}"
+    try:
+        with requests.Session() as session:
+            session.trust_env = False  # a proxy of the environment does not know the servers
+            response = session.request(method, where, json=payload, timeout=timeout_s)
+    except requests.RequestException as error:
+        raise RolloutError(f"{where}: {error}") from error
+    if response.status_code != 200:
+        raise RolloutError(f"{where}: HTTP {response.status_code}: {reply_message(response.text)}")
+    return _parse(where, response.text)
+
+
+def _parse(where: str, body: str) -> dict[str, object]:
+    """The reply; a body that is no JSON object (such as flush_cache's text) is given as {"text": body}."""
+    try:
+        reply = json.loads(body)
+    except ValueError:
+        return {"text": body}
+    if not isinstance(reply, dict):
+        return {"text": body}
+    if reply.get("success") is False:  # SGLang says so with status 200 in places
+        raise RolloutError(f"{where}: {reply_message(body)}")
+    return reply

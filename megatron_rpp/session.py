@@ -1,0 +1,156 @@
+"""Everything a training run needs, built once and closed once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_rpp.checkpoint.manager import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_rpp.checkpoint.run_state import RunState
+from megatron_rpp.config.load import dump_toml
+from megatron_rpp.config.schema import Config
+from megatron_rpp.data.prompts import PromptSource, load_prompts
+from megatron_rpp.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_rpp.engine.optimizer import Optimizer, make_trainable
+from megatron_rpp.experience.types import Prompt
+from megatron_rpp.model.build import Model, build_model
+from megatron_rpp.observability.reporter import Reporter
+from megatron_rpp.observability.timers import Timers
+from megatron_rpp.parallel import bootstrap
+from megatron_rpp.parallel.context import ParallelContext
+from megatron_rpp.reward.build import build_reward
+from megatron_rpp.reward.protocol import Reward
+from megatron_rpp.rollout.fleet import ServerFleet
+from megatron_rpp.rollout.protocol import SamplingParams
+from megatron_rpp.rollout.sglang_client import SGLangClient
+from megatron_rpp.weight_sync.broadcast import BroadcastTransport
+from megatron_rpp.weight_sync.disk import DiskTransport
+from megatron_rpp.weight_sync.synced_engine import SyncedRolloutEngine
+from megatron_rpp.weight_sync.transport import Transport
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Session:
+    """One rank's parts of a run."""
+
+    config: Config
+    parallel: ParallelContext
+    tokenizer: Tokenizer
+    prompt_source: PromptSource
+    eval_prompts: list[Prompt]
+    reward: Reward
+    eval_reward: Reward
+    policy: Model
+    reference: Model
+    optimizer: Optimizer
+    rollout_engine: SyncedRolloutEngine
+    reporter: Reporter
+    first_step: int
+    timers: Timers
+
+    def sampling(self, step: int) -> SamplingParams:
+        """How this step's training responses are sampled; every step has its own seed."""
+        return SamplingParams(
+            num_samples_per_prompt=self.config.algorithm.num_samples_per_prompt,
+            max_response_tokens=self.config.rollout.max_response_tokens,
+            temperature=self.config.rollout.temperature,
+            top_p=self.config.rollout.top_p,
+            stop_token_ids=self.tokenizer.eos_token_ids,
+            seed=self.config.run.seed * 1_000_003 + step,
+        )
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of the state after `step` rollout batches. A collective over the whole job."""
+        state = RunState(step, self.prompt_source.state_dict(), self.optimizer.schedule.state_dict())
+        save_checkpoint(self.config.run.dir, self.policy, self.optimizer, state, self.config.checkpoint.keep)
+
+
+@contextmanager
+def open_session(config: Config, *, resume: bool) -> Iterator[Session]:
+    """Build a run, user errors first and servers early; stop what was started, however the run ends.
+
+    Raises ValueError for what only the data, the tokenizer or the ranks can tell.
+    """
+    parallel = bootstrap.initialize(config.parallel, config.run.seed)
+    with ExitStack() as stack:
+        stack.callback(bootstrap.shutdown)
+        tokenizer = load_tokenizer(config.model.path)
+        prompts, eval_prompts = _prompts(config, tokenizer)
+        prompt_source = PromptSource(prompts, config.rollout.num_prompts, config.run.seed)
+        reward = build_reward(config.reward, config.data.train)
+        stack.callback(reward.close)
+        eval_reward = build_reward(config.reward, config.data.eval) if eval_prompts else reward
+        stack.callback(eval_reward.close)
+        client = SGLangClient((), config.rollout, tokenizer.decode)
+        fleet = ServerFleet(config, client)
+        stack.callback(fleet.stop)
+        policy, optimizer = make_trainable(
+            build_model(config, parallel, path=config.model.path), config.optimizer, total_optimizer_steps(config)
+        )
+        reference = build_model(config, parallel, path=config.model.path)
+        first_step = _resume(config, policy, optimizer, prompt_source) if resume else 0
+        engine = SyncedRolloutEngine(
+            policy,
+            fleet,
+            client,
+            _transport(config, client),
+            deadline_s=config.weight_sync.deadline_s,
+            max_retries=config.rollout.max_retries,
+        )
+        fleet.wait_ready()
+        engine.sync(first_step)
+        replica = parallel.dp_rank if parallel.is_replica_leader else None
+        reporter = stack.enter_context(
+            Reporter(config.run.dir, rank=parallel.rank, replica=replica, steps=range(first_step, config.run.steps))
+        )
+        if parallel.rank == 0:
+            (Path(config.run.dir) / "config.toml").write_text(dump_toml(config))
+        yield Session(
+            config, parallel, tokenizer, prompt_source, eval_prompts, reward, eval_reward, policy, reference,
+            optimizer, engine, reporter, first_step, Timers(),
+        )  # fmt: skip
+
+
+def total_optimizer_steps(config: Config) -> int:
+    """Optimizer steps of the whole run, for the learning-rate schedule."""
+    responses = config.rollout.num_prompts * config.algorithm.num_samples_per_prompt
+    return config.run.steps * (responses // config.train.batch_size)
+
+
+def _prompts(config: Config, tokenizer: Tokenizer) -> tuple[list[Prompt], list[Prompt]]:
+    """(training prompts, held-out prompts)."""
+    longest = config.rollout.context_length - config.rollout.max_response_tokens
+    train = load_prompts(config.data.train, config.data, tokenizer, max_prompt_tokens=longest)
+    if config.eval.interval == 0 or config.data.eval.size == 0:
+        return train, []
+    source = replace(config.data.eval, size=min(config.data.eval.size, config.eval.num_prompts))
+    return train, load_prompts(source, config.data, tokenizer, max_prompt_tokens=longest)
+
+
+def _resume(config: Config, policy: Model, optimizer: Optimizer, prompt_source: PromptSource) -> int:
+    """Load the newest checkpoint and return the first step to run."""
+    path = latest_checkpoint(config.run.dir)
+    if path is None:
+        raise ValueError(f"--resume: run.dir={config.run.dir} holds no complete checkpoint; start without --resume")
+    state = load_checkpoint(path, policy, optimizer)
+    prompt_source.load_state_dict(state.prompts)
+    logger.info("resumed from %s", path)
+    return state.step
+
+
+def _transport(config: Config, client: SGLangClient) -> Transport:
+    sync = config.weight_sync
+    if sync.transport == "disk":
+        folder = Path(config.run.dir) / "weights"
+        return DiskTransport(client.post, folder=folder, source=config.model.path, deadline_s=sync.deadline_s)
+    return BroadcastTransport(
+        client.post,
+        server_tp=config.rollout.server_tensor,
+        bucket_bytes=sync.bucket_mb * 2**20,
+        deadline_s=sync.deadline_s,
+    )

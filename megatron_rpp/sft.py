@@ -1,0 +1,91 @@
+"""`rpp sft`: a supervised warm start on demonstrations, with the same engine and configuration."""
+
+from __future__ import annotations
+
+import logging
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from megatron_rpp.config.schema import Config, OptimizerConfig
+from megatron_rpp.data.prompts import load_demonstrations
+from megatron_rpp.data.tokenizer import load_tokenizer
+from megatron_rpp.engine.heads import SftHead
+from megatron_rpp.engine.optimizer import make_trainable
+from megatron_rpp.engine.score import logprob_head
+from megatron_rpp.engine.train_step import global_token_count, optimizer_step
+from megatron_rpp.experience.collate import pad_rows
+from megatron_rpp.experience.types import ExperienceBatch
+from megatron_rpp.model.build import build_model
+from megatron_rpp.model.export_hf import save_hf
+from megatron_rpp.parallel import bootstrap
+from megatron_rpp.parallel.context import ParallelContext
+
+logger = logging.getLogger(__name__)
+Demonstration = tuple[list[int], list[int]]  # (prompt ids, response ids with the end token)
+REPORT_EVERY = 50
+
+
+def run(config: Config) -> None:
+    """Train sft.init on sft.data and write sft.output. Every rank calls it."""
+    parallel = bootstrap.initialize(config.parallel, config.run.seed)
+    try:
+        _train(config, parallel)
+    finally:
+        bootstrap.shutdown()
+
+
+def _train(config: Config, parallel: ParallelContext) -> None:
+    sft = config.sft
+    tokenizer = load_tokenizer(sft.init)
+    demonstrations = load_demonstrations(
+        sft.data, tokenizer, config.data, max_tokens=config.rollout.context_length
+    )
+    model, optimizer = make_trainable(
+        build_model(config, parallel, path=sft.init), _optimizer_config(config), sft.steps
+    )
+    order = random.Random(config.run.seed)
+    started = time.monotonic()
+    for step in range(sft.steps):
+        drawn = [order.choice(demonstrations) for _ in range(sft.batch_size)]
+        mine = drawn[parallel.dp_rank :: parallel.dp_size]
+        batch = _to_batch(mine, tokenizer.pad_token_id, parallel.device)
+        count = global_token_count(batch, model)
+        head = SftHead(logprob_head(model, config, temperature=1.0), count)
+        sums, norm = optimizer_step(model, optimizer, batch, head, config.train.micro_batch_size)
+        if parallel.rank == 0 and ((step + 1) % REPORT_EVERY == 0 or step + 1 == sft.steps):
+            seconds = time.monotonic() - started
+            sys.stdout.write(
+                f"sft {step + 1}/{sft.steps}  loss {sums['loss/total'] / count:.4f}  "
+                f"grad norm {norm:.3f}  lr {optimizer.lr:.2e}  {seconds:.0f} s\n"
+            )
+            sys.stdout.flush()
+    save_hf(model, sft.init, sft.output)
+    logger.info("wrote %s", sft.output)
+
+
+def _optimizer_config(config: Config) -> OptimizerConfig:
+    sft = config.sft
+    return replace(
+        config.optimizer,
+        lr=sft.lr,
+        min_lr=sft.min_lr,
+        lr_schedule=sft.lr_schedule,
+        warmup_steps=sft.warmup_steps,
+    )
+
+
+def _to_batch(demonstrations: Sequence[Demonstration], pad: int, device: torch.device) -> ExperienceBatch:
+    tokens, loss_mask = pad_rows(demonstrations, pad)
+    zeros = torch.zeros(len(demonstrations))
+    return ExperienceBatch(
+        tokens=tokens.to(device),
+        loss_mask=loss_mask.to(device),
+        rollout_logprobs=torch.zeros_like(loss_mask, device=device),
+        rewards=zeros.to(device),
+        group_ids=zeros.to(device, torch.int64),
+    )

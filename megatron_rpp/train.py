@@ -1,0 +1,54 @@
+"""The REINFORCE++ loop.
+
+prompts -> rollout (SGLang) -> reward -> collate -> score (policy and reference log-probs)
+        -> advantages (global) -> train step(s) -> weight sync -> next prompts
+"""
+
+from __future__ import annotations
+
+from megatron_rpp.config.schema import Config
+from megatron_rpp.engine.advantages import add_advantages
+from megatron_rpp.engine.score import score
+from megatron_rpp.engine.train_step import train_step
+from megatron_rpp.evaluate import evaluate
+from megatron_rpp.experience.collate import collate
+from megatron_rpp.parallel.collectives import from_replica_leader
+from megatron_rpp.session import Session, open_session
+from megatron_rpp.step_metrics import step_metrics
+
+
+def run(config: Config, *, resume: bool) -> None:
+    """Train the policy of `config`, from its start or from its newest checkpoint. Every rank calls it."""
+    with open_session(config, resume=resume) as session:
+        for step in range(session.first_step, config.run.steps):
+            train_on_one_batch(session, step)
+
+
+def train_on_one_batch(s: Session, step: int) -> None:
+    """One turn of the loop: sample with policy version `step`, leave version `step + 1` on the servers."""
+    evals = evaluate(s) if step == 0 else {}
+    with s.timers("step"):
+        prompts = s.prompt_source.next_batch()
+        with s.timers("rollout"):
+            rollouts = s.rollout_engine.generate(prompts, s.sampling(step), s.reporter.progress)
+        with s.timers("reward"):
+            rewards = from_replica_leader(s.parallel, lambda: s.reward(rollouts))
+        batch = collate(rollouts, rewards, pad_token_id=s.tokenizer.pad_token_id, device=s.parallel.device)
+        with s.timers("score"):
+            batch = score(batch, s.policy, s.reference, s.config)
+        batch, advantage_stats = add_advantages(batch, s.config.algorithm, s.parallel)
+        with s.timers("train"):
+            train_stats = train_step(s.policy, s.optimizer, batch, s.config)
+        with s.timers("sync"):
+            s.rollout_engine.sync(policy_version=step + 1)
+    if is_due(step, s.config.eval.interval, s.config.run.steps):
+        evals = evals or evaluate(s)
+    if is_due(step, s.config.checkpoint.interval, s.config.run.steps):
+        s.save(step + 1)
+    metrics = step_metrics(s, batch, rollouts, {**advantage_stats, **train_stats, **evals})
+    s.reporter.step(step, metrics, rollouts, rewards)
+
+
+def is_due(step: int, interval: int, steps: int) -> bool:
+    """Whether something done every `interval` steps, and after the last, is due after `step`. 0: never."""
+    return interval > 0 and ((step + 1) % interval == 0 or step + 1 == steps)

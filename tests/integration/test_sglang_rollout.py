@@ -1,0 +1,180 @@
+"""A real SGLang server on CPU against transformers: tokens, log-probs, seeds, and no process left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from megatron_rpp.config.schema import RolloutConfig
+from megatron_rpp.experience.types import Prompt, Rollout
+from megatron_rpp.rollout.protocol import RolloutError, SamplingParams
+from megatron_rpp.rollout.sglang_client import SGLangClient
+from megatron_rpp.rollout.sglang_server import SGLangServer
+
+EOS = 1
+TEXTS = ("1+2=", "34*5=", "9-87=", "0")
+Sample = Callable[..., list[Rollout]]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny_model_dir: Path) -> list[Prompt]:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    return [Prompt(i, text, tuple(tokenizer.encode(text)), "") for i, text in enumerate(TEXTS)]
+
+
+@pytest.fixture(scope="module")
+def client(sglang_server: SGLangServer, tiny_model_dir: Path) -> SGLangClient:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    return SGLangClient([sglang_server.url], RolloutConfig(context_length=256, max_retries=0), tokenizer.decode)
+
+
+@pytest.fixture(scope="module")
+def sample(client: SGLangClient) -> Sample:
+    def run(prompts: Sequence[Prompt], *, samples: int, temperature: float, seed: int = 0) -> list[Rollout]:
+        params = SamplingParams(
+            num_samples_per_prompt=samples,
+            max_response_tokens=32,
+            temperature=temperature,
+            top_p=1.0,
+            stop_token_ids=(EOS,),
+            seed=seed,
+        )
+        return client.generate(prompts, params)
+
+    return run
+
+
+def response_logprobs(model: PreTrainedModel, rollout: Rollout, temperature: float) -> torch.Tensor:
+    """Tempered log-probs of the response's tokens by transformers, [response]."""
+    ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.response_ids]])
+    with torch.no_grad():
+        logits = model(ids).logits[0, len(rollout.prompt.token_ids) - 1 : -1]
+    logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    return logprobs.gather(1, torch.tensor(rollout.response_ids)[:, None])[:, 0]
+
+
+def test_greedy_tokens_equal_those_of_transformers(
+    model: PreTrainedModel, prompts: list[Prompt], sample: Sample
+) -> None:
+    for rollout in sample(prompts, samples=1, temperature=0.0):
+        ids = torch.tensor([rollout.prompt.token_ids])
+        expected = model.generate(ids, max_new_tokens=32, do_sample=False, attention_mask=torch.ones_like(ids))
+        assert rollout.response_ids == tuple(expected[0, ids.shape[1] :].tolist())
+
+
+def test_logprobs_are_those_of_the_tempered_distribution(
+    model: PreTrainedModel, prompts: list[Prompt], sample: Sample
+) -> None:
+    for rollout in sample(prompts, samples=2, temperature=0.7):
+        got = torch.tensor(rollout.rollout_logprobs)
+        torch.testing.assert_close(got, response_logprobs(model, rollout, 0.7), atol=1e-4, rtol=0)
+        untempered = response_logprobs(model, rollout, 1.0)
+        assert (got - untempered).abs().max() > 1e-2, "the check above cannot tell the two apart"
+
+
+def test_a_seed_gives_the_same_tokens_in_any_batch(prompts: list[Prompt], sample: Sample) -> None:
+    together = sample(prompts, samples=4, temperature=1.0, seed=5)
+    alone = sample(prompts[2:3], samples=4, temperature=1.0, seed=5)
+    assert [r.response_ids for r in alone] == [r.response_ids for r in together[8:12]]
+    assert len({r.response_ids for r in alone}) > 1, "samples of one prompt must differ"
+    other = sample(prompts[2:3], samples=4, temperature=1.0, seed=6)
+    assert [r.response_ids for r in other] != [r.response_ids for r in alone]
+
+
+def test_seeded_samples_follow_the_models_distribution(
+    model: PreTrainedModel, prompts: list[Prompt], sample: Sample
+) -> None:
+    count = 2000
+    rollouts = sample(prompts[:1], samples=count, temperature=1.0, seed=11)
+    first = torch.bincount(torch.tensor([r.response_ids[0] for r in rollouts]), minlength=16) / count
+    with torch.no_grad():
+        expected = torch.softmax(model(torch.tensor([prompts[0].token_ids])).logits[0, -1], dim=-1)
+    assert (first - expected).abs().max() < 0.05  # 4.5 standard deviations at p = 0.5
+
+
+def test_a_stopped_response_ends_with_the_stop_token_and_its_text_does_not(
+    prompts: list[Prompt], sample: Sample
+) -> None:
+    rollouts = sample(prompts, samples=8, temperature=1.0)
+    stopped = [r for r in rollouts if r.finish_reason == "stop"]
+    cut = [r for r in rollouts if r.finish_reason == "length"]
+    assert stopped and cut and len(stopped) + len(cut) == len(rollouts), "the model should give both kinds"
+    for rollout in stopped:
+        assert rollout.response_ids[-1] == EOS and EOS not in rollout.response_ids[:-1]
+        assert len(rollout.rollout_logprobs) == len(rollout.response_ids)
+        assert "<eos>" not in rollout.text
+    assert all(len(r.response_ids) == 32 and EOS not in r.response_ids for r in cut)
+
+
+def test_an_unsynced_server_has_no_policy_version(prompts: list[Prompt], sample: Sample) -> None:
+    assert {r.policy_version for r in sample(prompts[:1], samples=1, temperature=1.0)} == {-1}
+
+
+def test_the_servers_own_refusal_reaches_the_user(client: SGLangClient, prompts: list[Prompt]) -> None:
+    params = SamplingParams(1, 4, -1.0, 1.0, (EOS,), 0)
+    with pytest.raises(RolloutError, match="temperature must be"):
+        client.generate(prompts[:1], params)
+
+
+@pytest.mark.parametrize("how", ["stop", "trainer is killed"])
+def test_no_server_process_is_left(how: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", _TRAINER, str(tiny_model_dir), str(tmp_path / "log.txt"), how],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert trainer.stdout is not None
+    group = int(trainer.stdout.readline())
+    members = _members(group)
+    assert len(members) >= 3, f"a server is a launcher, a scheduler and a detokenizer; got {members}"
+    if how == "stop":
+        trainer.communicate(timeout=60)
+        assert _members(group) == []
+    else:
+        os.kill(trainer.pid, signal.SIGKILL)
+        end = time.monotonic() + 20
+        while _members(group) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert _members(group) == []
+        trainer.communicate()
+
+
+_TRAINER = """
+import sys, time
+from pathlib import Path
+from megatron_rpp.config.schema import RolloutConfig
+from megatron_rpp.rollout.sglang_server import SGLangServer
+server = SGLangServer(sys.argv[1], RolloutConfig(context_length=256), dtype="float32", log_path=Path(sys.argv[2]))
+server.start()
+server.wait_ready(300)
+print(server.pid, flush=True)
+time.sleep(2 if sys.argv[3] == "stop" else 600)
+server.stop()
+"""
+
+
+def _members(group: int) -> list[int]:
+    """Processes of a process group that run."""
+    found = []
+    for process in psutil.process_iter(["status"]):
+        try:
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except ProcessLookupError:
+            continue
+    return found
