@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 CHARACTERS = "0123456789+-*= "
-PAD, EOS = "<pad>", "<eos>"
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 MISTAKES = (-10, -2, -1, 1, 2, 10)
 LOWEST, HIGHEST = 10, 99
 
@@ -40,9 +40,7 @@ def main() -> None:
     _write_jsonl(out / "demonstrations.jsonl", demonstrations)
     _write_jsonl(out / "train.jsonl", (_problem(pair) for pair in train))
     _write_jsonl(out / "eval.jsonl", (_problem(pair) for pair in held_out))
-    print(
-        f"{out}: init/, {args.demonstrations} demonstrations, {len(train)} train, {len(held_out)} eval sums"
-    )
+    print(f"{out}: init/, {args.demonstrations} demonstrations, {len(train)} train, {len(held_out)} eval")
 
 
 def split_sums(rng: random.Random, eval_size: int) -> tuple[list[Sum], list[Sum]]:
@@ -74,21 +72,24 @@ def write_tokenizer(directory: Path) -> None:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: i for i, token in enumerate([PAD, EOS, *CHARACTERS])}
-    # A character outside the vocabulary becomes padding; nothing in the demo holds one.
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
+    vocabulary = {token: i for i, token in enumerate([PAD, EOS, *CHARACTERS, UNKNOWN])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
-    ).save_pretrained(directory)
+    special = {"pad_token": PAD, "eos_token": EOS, "unk_token": UNKNOWN}
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, model_max_length=64, **special
+    )
+    wrapped.save_pretrained(directory)
 
 
 def write_model(directory: Path, args: argparse.Namespace) -> None:
     """A Llama with random weights."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     config = LlamaConfig(
         vocab_size=args.vocab_size,
         hidden_size=args.hidden,
@@ -130,7 +131,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--ffn", type=int, default=512)
-    parser.add_argument("--vocab-size", type=int, default=32, help="17 tokens are used; the rest is padding")
+    parser.add_argument("--vocab-size", type=int, default=32, help="18 are used; the rest is padding")
     args = parser.parse_args()
     if not 0 <= args.wrong_fraction <= 1:
         raise SystemExit(f"--wrong-fraction {args.wrong_fraction} must be between 0 and 1")

@@ -21,13 +21,13 @@ def train_step(policy: Model, optimizer: Optimizer, batch: ExperienceBatch, conf
     A mini-batch takes the same share of rows from every replica, in order.
 
     Returns:
-        Token means over the whole rollout batch, with the mean gradient norm and the last learning rate.
+        Token means over the whole rollout batch, with the mean gradient norm and the first learning rate.
         `ratio/mean` is that of the first mini-batch alone, before any update: 1, or scoring and training
         disagree. `ratio/mean_all` is over all of them.
     """
     rows = config.train.batch_size // policy.parallel.dp_size
     totals: dict[str, float] = {}
-    norms, tokens, first_ratio = [], 0.0, 1.0
+    norms, tokens, first_ratio, lr = [], 0.0, 1.0, optimizer.lr
     for start in range(0, len(batch), rows):
         mini = batch.rows(torch.arange(start, min(start + rows, len(batch)), device=policy.parallel.device))
         count = global_token_count(mini, policy)
@@ -48,7 +48,7 @@ def train_step(policy: Model, optimizer: Optimizer, batch: ExperienceBatch, conf
         "ratio/mean": first_ratio,
         "ratio/mean_all": means["ratio/mean"],
         "grad_norm": sum(norms) / len(norms),
-        "lr": optimizer.lr,
+        "lr": lr,
     }
 
 

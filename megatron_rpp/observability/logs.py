@@ -16,7 +16,10 @@ def log_path(run_dir: str | Path, rank: int) -> Path:
 
 
 def setup_logging(run_dir: str | Path, rank: int) -> logging.Logger:
-    """Send the package's log records to the rank's file; rank 0's warnings also reach the terminal."""
+    """Send the package's log records to the rank's file; rank 0's warnings also reach the terminal.
+
+    Python warnings, of which Megatron and torch have many, go to the file alone.
+    """
     path = log_path(run_dir, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     logger = logging.getLogger(LOGGER)
@@ -29,6 +32,10 @@ def setup_logging(run_dir: str | Path, rank: int) -> logging.Logger:
     if rank == 0:
         logger.addHandler(logging.StreamHandler(sys.stderr))
         logger.handlers[1].setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+    python_warnings = logging.getLogger("py.warnings")
+    python_warnings.propagate = False
+    python_warnings.addHandler(logger.handlers[0])
     form = logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s")
     for handler in logger.handlers:
         handler.setFormatter(form)

@@ -1,0 +1,64 @@
+"""One rank of a short run, with what the test must see from inside: greedy tokens, a killed server, exported weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+
+from megatron_rpp.config.load import load_config
+from megatron_rpp.model.export_hf import save_hf
+from megatron_rpp.observability.logs import setup_logging
+from megatron_rpp.parallel.rank_process import exit_on_sigterm
+from megatron_rpp.session import Session, open_session
+from megatron_rpp.train import train_on_one_batch
+
+
+def main() -> None:
+    config = load_config([sys.argv[1]], [])
+    out = Path(sys.argv[2])
+    exit_on_sigterm()
+    setup_logging(config.run.dir, int(os.environ["RANK"]))
+    with open_session(config, resume=False) as session:
+        before = greedy(session)
+        train_on_one_batch(session, 0)
+        kill = KillServerOnce() if session.parallel.rank == 0 else None
+        if kill is not None:
+            session.reporter.progress = kill  # type: ignore[method-assign]
+        train_on_one_batch(session, 1)
+        after = greedy(session)
+        save_hf(session.policy, config.model.path, str(out / "trained"))
+        if kill is not None:
+            result = {"before": before, "after": after, "killed": kill.pid, "server_pids": server_pids()}
+            (out / "result.json").write_text(json.dumps(result))
+
+
+def greedy(session: Session) -> list[list[int]]:
+    sampling = replace(session.sampling(0), num_samples_per_prompt=1, temperature=0.0)
+    return [list(r.response_ids) for r in session.rollout_engine.generate(session.eval_prompts, sampling)]
+
+
+class KillServerOnce:
+    """A progress callback that kills the SGLang server as soon as the first responses are in."""
+
+    pid: int | None = None
+
+    def __call__(self, done: int, asked: int) -> None:
+        if self.pid is None:
+            (self.pid,) = server_pids()
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def server_pids() -> list[int]:
+    """The SGLang server that this rank has spawned."""
+    children = psutil.Process().children()
+    return [c.pid for c in children if "sglang.launch_server" in " ".join(c.cmdline())]
+
+
+if __name__ == "__main__":
+    main()
