@@ -46,8 +46,6 @@ def main() -> None:
 def split_sums(rng: random.Random, eval_size: int) -> tuple[list[Sum], list[Sum]]:
     """All sums of two two-digit numbers, shuffled: (those to train on, those held out)."""
     sums = [(a, b) for a in range(LOWEST, HIGHEST + 1) for b in range(LOWEST, HIGHEST + 1)]
-    if not 0 < eval_size < len(sums):
-        raise SystemExit(f"--eval-size {eval_size} must be between 1 and {len(sums) - 1}")
     rng.shuffle(sums)
     return sums[eval_size:], sums[:eval_size]
 
@@ -135,6 +133,9 @@ def _arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if not 0 <= args.wrong_fraction <= 1:
         raise SystemExit(f"--wrong-fraction {args.wrong_fraction} must be between 0 and 1")
+    sums = (HIGHEST - LOWEST + 1) ** 2
+    if not 0 < args.eval_size < sums:
+        raise SystemExit(f"--eval-size {args.eval_size} must be between 1 and {sums - 1}")
     return args
 
 

@@ -80,12 +80,10 @@ class HuggingFaceTokenizer:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        encoded = self._tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
-        )
-        return [list(ids) for ids in encoded["input_ids"]]
+        if not self._tokenizer.is_fast:
+            return [self.encode(text) for text in texts]
+        batch = self._tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [list(encoding.ids) for encoding in batch]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils._device
 
 CPU = torch.device("cpu")
 
@@ -56,6 +57,8 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _route_factories() -> None:
+    # `with torch.device(...)` knows the factory functions by identity; let it remember the originals.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.cuda.FloatTensor = torch.FloatTensor

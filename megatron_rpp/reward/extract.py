@@ -7,11 +7,14 @@ from fractions import Fraction
 
 MAX_ANSWER_CHARS = 1000
 """A longer answer is no answer: it counts as wrong and is never parsed."""
+MAX_BARE_CHARS = 64
 
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 _PLAIN_NUMBER = re.compile(r"([-+]?)(\d{1,100}|\d{1,3}(?:,\d{3}){1,30})(\.\d{1,100})?(?:/(\d{1,100}))?")
+_LEADING_POINT = re.compile(r"^([-+]?)\.")
 _ANSWER_IS = re.compile(r"\banswer(?: is\b|:)[\s:]*", re.IGNORECASE)
-_TWO_WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,} +[A-Za-z]{2,}")
+_WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|cot|log|ln|exp|sqrt|pi|mod|or)\b)[A-Za-z]{2,}")
+_ONLY_ARITHMETIC = re.compile(r"[-+*/.,\s\d]*")
 _UNEVALUATED = re.compile(r"\d\s*(?:[-+*\u00d7\u00b7\u00f7]|\\times|\\cdot|\\div)\s*[-{(]*\d")
 _SCIENTIFIC = re.compile(r"(?:[*\u00d7\u00b7]|\\times|\\cdot)\s*10\s*\^")
 
@@ -22,7 +25,9 @@ def final_answer(text: str) -> str:
     if marked is not None:
         return marked
     bare = clean(text)
-    return bare if _is_bare(bare) else last_number(text)
+    if _is_bare(bare):
+        return bare
+    return last_number(text) or (bare if len(bare) <= MAX_BARE_CHARS else "")
 
 
 def marked_answer(text: str) -> str | None:
@@ -51,7 +56,7 @@ def clean(text: str) -> str:
 
 def plain_number(text: str) -> Fraction | None:
     """The value of an integer, decimal or simple fraction (`-1,234.5`, `3/4`), exactly; else None."""
-    match = _PLAIN_NUMBER.fullmatch(text.strip())
+    match = _PLAIN_NUMBER.fullmatch(_LEADING_POINT.sub(r"\g<1>0.", text.strip()))
     if match is None:
         return None
     sign, whole, decimals, denominator = match.groups()
@@ -61,20 +66,31 @@ def plain_number(text: str) -> Fraction | None:
     return -value if sign == "-" else value
 
 
-def is_unevaluated(text: str) -> bool:
-    """Whether the text is arithmetic left to do, such as `12 + 5`, and not a value."""
+def has_no_value(text: str) -> bool:
+    """Whether text that is not a plain number cannot be one: `12 + 5` (work left to do), or no digit."""
+    if "\\" not in text and (_ONLY_ARITHMETIC.fullmatch(text) or not any(c.isdigit() for c in text)):
+        return True
     return bool(_UNEVALUATED.search(text)) and not _SCIENTIFIC.search(text)
 
 
 def _is_bare(text: str) -> bool:
-    return 0 < len(text) <= 64 and "\n" not in text and not _TWO_WORDS.search(text)
+    """An answer without a sentence around it: one short line with at most one word (a unit)."""
+    return 0 < len(text) <= MAX_BARE_CHARS and "\n" not in text and len(_WORD.findall(text)) < 2
 
 
 def _boxed(text: str) -> str | None:
-    start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
-    if start < 0:
-        return None
-    begin = text.index("{", start) + 1
+    end = len(text)
+    for _ in range(3):  # the last may be cut off, as in a truncated response
+        end = max(text.rfind(r"\boxed{", 0, end), text.rfind(r"\fbox{", 0, end))
+        if end < 0:
+            return None
+        content = _until_closing_brace(text, text.index("{", end) + 1)
+        if content is not None:
+            return content
+    return None
+
+
+def _until_closing_brace(text: str, begin: int) -> str | None:
     depth = 1
     for i in range(begin, min(len(text), begin + MAX_ANSWER_CHARS + 1)):
         depth += {"{": 1, "}": -1}.get(text[i], 0)

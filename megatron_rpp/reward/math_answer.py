@@ -9,7 +9,7 @@ from megatron_rpp.reward.extract import (
     MAX_ANSWER_CHARS,
     clean,
     final_answer,
-    is_unevaluated,
+    has_no_value,
     marked_answer,
     plain_number,
 )
@@ -50,12 +50,14 @@ def quick_verdict(answer: str, gold: str) -> bool | None:
         return False
     if answer.replace(" ", "") == gold.replace(" ", ""):
         return True
-    wanted, given = plain_number(gold), plain_number(answer)
-    if wanted is not None and given is None and is_unevaluated(answer):
-        return False
-    if wanted is None or given is None:
+    wanted = plain_number(gold)
+    if wanted is None:
         return None
-    if wanted != given and ("/" in gold) != ("/" in answer):
+    value = clean(answer.rsplit("=", 1)[-1])  # x = 5, 2 + 3 = 5
+    given = plain_number(value)
+    if given is None:
+        return False if has_no_value(value) else None
+    if wanted != given and ("/" in gold) != ("/" in value):
         return None  # 0.333333 for 1/3: math-verify rounds
     return wanted == given
 

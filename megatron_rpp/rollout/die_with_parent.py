@@ -1,7 +1,10 @@
-"""Runs a command that the kernel kills when its parent dies: die_with_parent.py PARENT_PID COMMAND...
+"""Runs a command and ends its whole process group when the parent dies.
 
-A script of its own, not a preexec_fn: the trainer has threads, and Python code between fork and
-exec can then deadlock. Linux only. SGLang's worker processes ask the same of their own parent.
+    python die_with_parent.py PARENT_PID COMMAND...      (as the leader of a new process group; Linux)
+
+A process in between is needed: SGLang's workers ask the kernel to kill them with their own parent, but
+only once they have imported everything; a trainer that dies in those seconds would leave them running.
+It imports the standard library only, so it costs 20 ms and 10 MB.
 """
 
 from __future__ import annotations
@@ -9,18 +12,37 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
+from types import FrameType
 
 _PR_SET_PDEATHSIG = 1
 
 
 def main(argv: list[str]) -> None:
+    """Exits as the command does, by the same status or signal."""
     parent, command = int(argv[1]), argv[2:]
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+    signal.signal(signal.SIGTERM, _kill_group)
+    _signal_at_parents_death(signal.SIGTERM)
+    if os.getppid() != parent:  # it died before the line above
+        _kill_group()
+    # preexec_fn is safe here, where there are no threads. It covers a SIGKILL of this process.
+    child = subprocess.Popen(command, preexec_fn=lambda: _signal_at_parents_death(signal.SIGKILL))
+    status = child.wait()
+    if status < 0:
+        if -status == signal.SIGTERM:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    sys.exit(status)
+
+
+def _signal_at_parents_death(signum: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signum) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent:  # it died before the call above
-        sys.exit(1)
-    os.execv(command[0], command)
+
+
+def _kill_group(signum: int = 0, frame: FrameType | None = None) -> None:
+    os.killpg(0, signal.SIGKILL)  # this process too
 
 
 if __name__ == "__main__":

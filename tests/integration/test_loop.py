@@ -21,7 +21,7 @@ METRICS = {
     "ratio/mean", "clip/fraction", "entropy/mean", "grad_norm", "lr", "mismatch/logprob_abs_mean",
     "time/rollout", "time/score", "time/train", "time/sync", "time/step", "tokens_per_second",
 }  # fmt: skip
-RESPONSE_TOKENS = 6
+GREEDY_TOKENS = 6  # as in loop_worker
 
 
 def write_problems(path: Path, count: int) -> None:
@@ -36,10 +36,10 @@ def write_config(path: Path, model: Path, run_dir: Path, problems: Path, extra: 
 run = {{ dir = "{run_dir}", steps = 2, seed = 5 }}
 model = {{ path = "{model}" }}
 parallel = {{ pipeline = 2 }}
-algorithm = {{ num_samples_per_prompt = 2 }}
-rollout = {{ num_prompts = 8, max_response_tokens = {RESPONSE_TOKENS}, context_length = 32 }}
-train = {{ batch_size = 8, micro_batch_size = 4 }}
-optimizer = {{ lr = 5e-2 }}
+algorithm = {{ num_samples_per_prompt = 8 }}
+rollout = {{ num_prompts = 20, max_response_tokens = 2, context_length = 32 }}
+train = {{ batch_size = 80, micro_batch_size = 20 }}
+optimizer = {{ lr = 1e-2 }}
 eval = {{ num_prompts = 6 }}
 {extra}
 [data]
@@ -66,13 +66,14 @@ def transformers_greedy(model_dir: Path, prompts: list[str]) -> list[list[int]]:
     answers = []
     for prompt in prompts:
         ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)])
-        out = model.generate(ids, max_new_tokens=RESPONSE_TOKENS, do_sample=False)
+        out = model.generate(ids, max_new_tokens=GREEDY_TOKENS, do_sample=False)
         answers.append(out[0, ids.shape[1] :].tolist())
     return answers
 
 
 def test_server_decodes_the_trained_weights_after_a_sync(run: dict[str, Any], tiny_model_dir: Path) -> None:
     prompts = [json.loads(line)["prompt"] for line in (run["root"] / "problems.jsonl").open()][:6]
+    assert read_metrics(run["root"] / "run")[0]["reward/std"] > 0, "no reward, so no gradient: change the seed"
     assert run["before"] == transformers_greedy(tiny_model_dir, prompts)
     assert run["after"] == transformers_greedy(run["root"] / "trained", prompts)
     assert run["after"] != run["before"], "the optimizer steps left no trace in the server"
@@ -101,7 +102,7 @@ def test_run_directory_holds_what_the_readme_promises(run: dict[str, Any]) -> No
     for name in ("config.toml", "logs/rank-0.txt", "logs/rank-1.txt", "rollouts/step-1.jsonl", "tensorboard"):
         assert (run_dir / name).exists(), name
     rollouts = [json.loads(line) for line in (run_dir / "rollouts" / "step-1.jsonl").open()]
-    assert len(rollouts) == 16 and {r["policy_version"] for r in rollouts} == {1}
+    assert len(rollouts) == 160 and {r["policy_version"] for r in rollouts} == {1}
 
 
 def test_no_server_outlives_its_run(run: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 __version__ = "3.7.0"
-__path__: list[str] = []  # a package, whose submodules `_Finder` makes
+__path__ = []  # a package, whose submodules `_Finder` makes
 
 
 class _Anything:
