@@ -30,9 +30,13 @@ def post_json(url: str, endpoint: str, payload: dict[str, object], timeout_s: fl
     return _call("POST", url, endpoint, payload, timeout_s)
 
 
-def get_json(url: str, endpoint: str, timeout_s: float) -> dict[str, object]:
-    """GET url/endpoint. Raises RolloutError for anything but 200."""
-    return _call("GET", url, endpoint, None, timeout_s)
+def is_healthy(url: str, timeout_s: float) -> bool:
+    """GET url/health answers 200: SGLang does so once its scheduler gave a sign of life, after about 1 s."""
+    try:
+        _call("GET", url, "health", None, timeout_s)
+    except RolloutError:
+        return False
+    return True
 
 
 def reply_message(body: str) -> str:

@@ -12,7 +12,7 @@ import aiohttp
 
 from megatron_rpp.config.schema import RolloutConfig
 from megatron_rpp.experience.types import Prompt, Rollout
-from megatron_rpp.rollout.http import HttpFailure, get_json, post_json, reply_message
+from megatron_rpp.rollout.http import HttpFailure, is_healthy, post_json, reply_message
 from megatron_rpp.rollout.protocol import ProgressCallback, RolloutEngine, RolloutError, SamplingParams
 
 _FIRST_BACKOFF_S = 0.25
@@ -107,11 +107,7 @@ class SGLangClient(RolloutEngine):
 
     def health(self, url: str, timeout_s: float = 10.0) -> bool:
         """The server answers and its scheduler is alive."""
-        try:
-            get_json(url, "health", timeout_s)
-        except RolloutError:
-            return False
-        return True
+        return is_healthy(url, timeout_s)
 
     def flush_cache(self, url: str, timeout_s: float = 30.0) -> None:
         """Drop the prefix cache, which belongs to the old weights; the server refuses while requests run."""

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-import requests
 
 from megatron_rpp.config.schema import RolloutConfig
 from megatron_rpp.rollout import die_with_parent
+from megatron_rpp.rollout.http import is_healthy
 from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.rollout.server_command import HOST, server_command, server_environment
 
@@ -145,17 +145,7 @@ class SGLangServer:
         )
 
     def _is_healthy(self) -> bool:
-        return self.is_alive() and is_healthy(self.url)
-
-
-def is_healthy(url: str, timeout_s: float = 5.0) -> bool:
-    """It answers GET /health with 200; SGLang does so once its scheduler gave a sign of life."""
-    try:
-        with requests.Session() as session:
-            session.trust_env = False  # a proxy of the environment does not know the loopback
-            return session.get(f"{url}/health", timeout=timeout_s).status_code == 200
-    except requests.RequestException:
-        return False
+        return self.is_alive() and is_healthy(self.url, timeout_s=5.0)
 
 
 def _claim_port(wanted: int) -> int:

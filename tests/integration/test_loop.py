@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def write_problems(path: Path, count: int) -> None:
     path.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
 
 
-def write_config(path: Path, model: Path, run_dir: Path, problems: Path, extra: str = "") -> None:
+def write_config(path: Path, model: Path, run_dir: Path, problems: Path) -> None:
     path.write_text(
         f"""
 run = {{ dir = "{run_dir}", steps = 2, seed = 5 }}
@@ -41,7 +42,7 @@ rollout = {{ num_prompts = 20, max_response_tokens = 2, context_length = 32 }}
 train = {{ batch_size = 80, micro_batch_size = 20 }}
 optimizer = {{ lr = 1e-2 }}
 eval = {{ num_prompts = 6 }}
-{extra}
+checkpoint = {{ interval = 1, keep = 1 }}
 [data]
 train = {{ kind = "jsonl", path = "{problems}", size = 40 }}
 eval = {{ kind = "jsonl", path = "{problems}", size = 6 }}
@@ -101,10 +102,29 @@ def test_run_directory_holds_what_the_readme_promises(run: dict[str, Any]) -> No
     assert first.keys() >= METRICS and second.keys() >= METRICS
     for name in ("config.toml", "logs/rank-0.txt", "logs/rank-1.txt", "rollouts/step-1.jsonl", "tensorboard"):
         assert (run_dir / name).exists(), name
-    rollouts = [json.loads(line) for line in (run_dir / "rollouts" / "step-1.jsonl").open()]
+    rollouts = read_rollouts(run_dir, 1)
     assert len(rollouts) == 160 and {r["policy_version"] for r in rollouts} == {1}
 
 
 def test_no_server_outlives_its_run(run: dict[str, Any]) -> None:
     for pid in (run["killed"], *run["server_pids"]):
         assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_resumed_run_goes_on_where_it_stopped(run: dict[str, Any]) -> None:
+    run_dir = run["root"] / "run"
+    seen = {r["prompt_id"] for step in (0, 1) for r in read_rollouts(run_dir, step)}
+    command = [sys.executable, "-m", "megatron_rpp.cli", "train", str(run["root"] / "run.toml")]
+    done = subprocess.run([*command, "--resume", "--run.steps=3"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    steps = read_metrics(run_dir)
+    assert [s["step"] for s in steps] == [0, 1, 2]
+    assert steps[2]["policy_version"] == 2
+    assert steps[2]["mismatch/logprob_abs_mean"] < 1e-3, "the new server does not hold the resumed weights"
+    assert abs(steps[2]["kl/mean"]) > 1e-4, "the resumed policy equals the reference: its weights were not loaded"
+    assert len(seen) == 40 and len(read_rollouts(run_dir, 2)) == 160
+    assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step-000003"]
+
+
+def read_rollouts(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "rollouts" / f"step-{step}.jsonl").open()]

@@ -154,7 +154,7 @@ def test_no_server_process_outlives_a_killed_trainer(tiny_model_dir: Path, tmp_p
 
 
 def test_stop_leaves_no_process(sglang_server: SGLangServer) -> None:
-    """Last in this file, as it ends the session's server; another start shows that `restart` works."""
+    """Last, as it ends the session's server."""
     group = sglang_server.pid
     assert group is not None and len(_members(group)) >= 4
     sglang_server.stop()

@@ -93,7 +93,7 @@ def test_stop_ends_the_children_too_and_the_server_can_start_again(tmp_path: Pat
         server.wait_ready(20)
         assert server.pid is not None
         family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
-        assert len(family) == 2
+        assert len(family) == 3, "die_with_parent, the program, and its child"
         server.stop()
         assert [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
         assert not server.is_alive() and server.pid is None
