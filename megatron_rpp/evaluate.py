@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from megatron_rpp.observability.metrics import Metrics
 from megatron_rpp.parallel.collectives import from_replica_leader, gather_objects
@@ -23,7 +24,7 @@ def evaluate(s: Session) -> dict[str, float]:
     with s.timers("eval"):
         for name, sampling in (("eval/accuracy", sampled), ("eval/greedy_accuracy", greedy)):
             rollouts = s.rollout_engine.generate(s.eval_prompts, sampling)
-            rewards = from_replica_leader(s.parallel, lambda answers=rollouts: s.eval_reward(answers))
+            rewards = from_replica_leader(s.parallel, partial(s.eval_reward, rollouts))
             if s.parallel.is_replica_leader:
                 right = sum((r - s.config.reward.wrong) for r in rewards)
                 metrics.add_mean(name, right / (s.config.reward.correct - s.config.reward.wrong), len(rewards))

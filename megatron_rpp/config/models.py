@@ -32,9 +32,7 @@ def read_model_config(key: str, path: str) -> dict[str, Any]:
     named = model.get("architectures") if isinstance(model, dict) else None
     if not named or named[0] not in ARCHITECTURES:
         found = named[0] if named else "none named"
-        raise ConfigError(
-            f"{key}={path} has architecture {found}; it must be one of: {', '.join(ARCHITECTURES)}"
-        )
+        raise ConfigError(f"{key}={path} has architecture {found}; it must be one of: {', '.join(ARCHITECTURES)}")
     return model
 
 

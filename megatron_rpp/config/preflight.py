@@ -25,14 +25,10 @@ def check_port(config: Config) -> None:
         try:
             probe.bind(("127.0.0.1", config.rollout.port))
         except PermissionError as error:
-            raise ConfigError(
-                f"rollout.port={config.rollout.port} needs privileges; choose one above 1023"
-            ) from error
+            raise ConfigError(f"rollout.port={config.rollout.port} needs privileges; choose one above 1023") from error
         except OSError as error:
             wanted = f"rollout.port={config.rollout.port}"
-            raise ConfigError(
-                f"{wanted} is in use on 127.0.0.1; choose another, or 0 for a free one"
-            ) from error
+            raise ConfigError(f"{wanted} is in use on 127.0.0.1; choose another, or 0 for a free one") from error
 
 
 def check_run_dir(run_dir: str, *, resume: bool) -> None:
@@ -42,6 +38,4 @@ def check_run_dir(run_dir: str, *, resume: bool) -> None:
         raise ConfigError(f"run.dir={run_dir} must be a directory; a file is there")
     metrics = path / "metrics.jsonl"
     if not resume and metrics.exists() and metrics.stat().st_size:
-        raise ConfigError(
-            f"run.dir={run_dir} already holds a run; pass --resume to continue it, or another --run.dir"
-        )
+        raise ConfigError(f"run.dir={run_dir} already holds a run; pass --resume to continue it, or another --run.dir")

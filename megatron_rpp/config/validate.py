@@ -107,9 +107,7 @@ def _check_source(key: str, source: SourceConfig, reward_kind: str) -> None:
     if source.kind == "jsonl":
         _require_file(f"{key}.path", source.path)
     elif not source.task:
-        raise ConfigError(
-            f"{key}.task is not set; pass --{key}.task=NAME of a reasoning-gym task, such as chain_sum"
-        )
+        raise ConfigError(f"{key}.task is not set; pass --{key}.task=NAME of a reasoning-gym task, such as chain_sum")
 
 
 def _check_learning_rate(section: str, peak: float, end: float) -> None:

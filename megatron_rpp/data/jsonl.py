@@ -36,9 +36,7 @@ def _parse(raw: bytes, where: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{where}: not JSON ({error.msg}, column {error.colno}); one object a line"
-        ) from None
+        raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno}); one object a line") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; endless nesting
         raise ValueError(f"{where}: cannot be read ({error}); write one plain JSON object a line") from None
     if not isinstance(value, dict):
@@ -72,9 +70,7 @@ def list_names(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names) or "no keys"
 
 
-def check_jsonl(
-    path: str | Path, required_keys: Sequence[str | tuple[str, ...]], limit: int | None = None
-) -> int:
+def check_jsonl(path: str | Path, required_keys: Sequence[str | tuple[str, ...]], limit: int | None = None) -> int:
     """Reads a JSONL file before anything heavy is imported, and returns its number of objects.
 
     Args:

@@ -32,9 +32,7 @@ def open_task(source: SourceConfig) -> Any:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
-        raise ValueError(
-            f"kind = reasoning_gym needs the package: pip install reasoning-gym ({error})"
-        ) from error
+        raise ValueError(f"kind = reasoning_gym needs the package: pip install reasoning-gym ({error})") from error
     if source.task not in DATASETS:
         near = get_close_matches(source.task, DATASETS, n=1, cutoff=0.0)
         raise ValueError(f"reasoning_gym has no task {source.task!r}; did you mean {near[0]!r}?")

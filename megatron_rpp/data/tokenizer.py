@@ -86,15 +86,11 @@ class HuggingFaceTokenizer:
         return [list(encoding.ids) for encoding in batch]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(
-            self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def render_chat(self, text: str) -> str:
         if not self._tokenizer.chat_template:
-            raise ValueError(
-                f"{self._path}: this tokenizer has no chat template; set data.chat_template = false"
-            )
+            raise ValueError(f"{self._path}: this tokenizer has no chat template; set data.chat_template = false")
         turn = [{"role": "user", "content": text}]
         return str(self._tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
 
@@ -133,9 +129,7 @@ class SentencePieceTokenizer:
         return str(self._model.decode(kept))
 
     def render_chat(self, text: str) -> str:
-        raise ValueError(
-            f"{self._path}: tokenizer.model has no chat template; set data.chat_template = false"
-        )
+        raise ValueError(f"{self._path}: tokenizer.model has no chat template; set data.chat_template = false")
 
     def apply_chat_template(self, text: str) -> list[int]:
         return self.encode(self.render_chat(text))

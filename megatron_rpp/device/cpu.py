@@ -61,9 +61,8 @@ def _route_factories() -> None:
     torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    torch.cuda.FloatTensor = torch.FloatTensor
-    torch.cuda.IntTensor = torch.IntTensor
-    torch.cuda.LongTensor = torch.LongTensor
+    for name in ("FloatTensor", "IntTensor", "LongTensor"):
+        setattr(torch.cuda, name, getattr(torch, name))
 
 
 def _route_tensor_methods() -> None:
@@ -80,7 +79,7 @@ def _route_tensor_methods() -> None:
         answer = original_type(self, *args, **kwargs)
         return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
-    torch.Tensor.to = to  # type: ignore[method-assign]
+    torch.Tensor.to = to  # type: ignore[method-assign, assignment]
     torch.Tensor.type = tensor_type  # type: ignore[method-assign, assignment]
     torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
 
@@ -124,7 +123,7 @@ def _route_rng() -> None:
     torch.cuda.set_rng_state = lambda state, *a, **k: torch.set_rng_state(state)  # type: ignore[assignment]
     torch.cuda.random.get_rng_state = lambda *a, **k: torch.get_rng_state()  # type: ignore[assignment]
     torch.cuda._lazy_call = lambda callback, **k: callback()  # type: ignore[attr-defined]
-    torch.cuda.default_generators = _CpuGenerators()  # type: ignore[attr-defined]
+    torch.cuda.default_generators = _CpuGenerators()  # type: ignore[assignment]
 
 
 class _CpuGenerators:

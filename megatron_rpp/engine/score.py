@@ -39,6 +39,4 @@ def logprob_head(model: Model, config: Config, temperature: float) -> LogprobHea
 def _score_one(batch: ExperienceBatch, model: Model, config: Config) -> dict[str, torch.Tensor]:
     head = logprob_head(model, config, config.rollout.temperature)
     with torch.no_grad():
-        return run_pipeline(
-            model, batch, head, micro_batch_size=config.train.micro_batch_size, forward_only=True
-        )
+        return run_pipeline(model, batch, head, micro_batch_size=config.train.micro_batch_size, forward_only=True)

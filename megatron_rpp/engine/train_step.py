@@ -31,9 +31,7 @@ def train_step(policy: Model, optimizer: Optimizer, batch: ExperienceBatch, conf
     for start in range(0, len(batch), rows):
         mini = batch.rows(torch.arange(start, min(start + rows, len(batch)), device=policy.parallel.device))
         count = global_token_count(mini, policy)
-        head = PolicyHead(
-            logprob_head(policy, config, config.rollout.temperature), config.algorithm, max(count, 1.0)
-        )
+        head = PolicyHead(logprob_head(policy, config, config.rollout.temperature), config.algorithm, max(count, 1.0))
         sums, norm = optimizer_step(policy, optimizer, mini, head, config.train.micro_batch_size)
         for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + value
@@ -57,7 +55,7 @@ def optimizer_step(
 ) -> tuple[dict[str, float], float]:
     """One forward, backward and update: (the head's scalars summed over all replicas, gradient norm)."""
     for chunk in model.chunks:
-        chunk.zero_grad_buffer()
+        chunk.zero_grad_buffer()  # type: ignore[operator]
     optimizer.megatron.zero_grad()
     outputs = run_pipeline(model, batch, head, micro_batch_size=micro_batch_size, forward_only=False)
     updated, norm, _ = optimizer.megatron.step()

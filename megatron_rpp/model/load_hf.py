@@ -39,9 +39,7 @@ class HFTensors:
             return f.get_tensor(name)
 
 
-def load_hf_weights(
-    chunks: Sequence[torch.nn.Module], hf: HFConfig, path: str, parallel: ParallelContext
-) -> None:
+def load_hf_weights(chunks: Sequence[torch.nn.Module], hf: HFConfig, path: str, parallel: ParallelContext) -> None:
     """Fill every parameter of `chunks` from the directory `path`. ValueError names a tensor that does not fit."""
     family, tensors = find_family(hf.architecture), HFTensors(path)
     for item in sharded_parameters(chunks):

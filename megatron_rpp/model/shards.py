@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
@@ -25,7 +26,7 @@ class ShardedParameter:
 def sharded_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[ShardedParameter]:
     """Every parameter of the chunks, bare or wrapped in Megatron's DDP."""
     for chunk in chunks:
-        model = chunk.module if hasattr(chunk, "module") else chunk
+        model: Any = getattr(chunk, "module", chunk)
         modules = dict(model.named_modules())
         for local_name, parameter in model.named_parameters():
             owner, _, leaf = local_name.rpartition(".")
@@ -35,7 +36,7 @@ def sharded_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[ShardedPar
             )
 
 
-def _with_global_layer(name: str, model: torch.nn.Module) -> str:
+def _with_global_layer(name: str, model: Any) -> str:
     match = _LAYER.match(name)
     if match is None:
         return name

@@ -55,18 +55,14 @@ def summary(run_dir: str | Path) -> str:
         if points:
             (first_step, first), (last_step, last) = points[0], points[-1]
             gain = 100 * (last - first)
-            parts.append(
-                f"{name} {first:.1%} (step {first_step}) -> {last:.1%} (step {last_step}), {gain:+.1f} points"
-            )
+            parts.append(f"{name} {first:.1%} (step {first_step}) -> {last:.1%} (step {last_step}), {gain:+.1f} points")
     return "; ".join(parts) if len(parts) > 1 else f"{parts[0]}; never evaluated"
 
 
 def _read(run_dir: str | Path) -> Steps:
     steps = read_metrics(run_dir)
     if not steps:
-        raise ValueError(
-            f"{metrics_path(run_dir)} holds no steps; give the run.dir of a run that has trained"
-        )
+        raise ValueError(f"{metrics_path(run_dir)} holds no steps; give the run.dir of a run that has trained")
     return steps
 
 

@@ -41,8 +41,8 @@ def from_replica_leader(parallel: ParallelContext, compute: Callable[[], T]) -> 
     if parallel.is_replica_leader:
         try:
             outcome = (compute(), None)
-        except Exception as error:
-            outcome = (None, error)
+        except Exception as caught:
+            outcome = (None, caught)
     result, error = share(parallel.replica_group, outcome, source=0)
     if error is not None:
         raise error

@@ -24,7 +24,5 @@ def build_reward(config: RewardConfig, source: SourceConfig) -> Reward:
                 f"reward.kind=reasoning_gym needs prompts of kind reasoning_gym, not {source.kind}; "
                 "use reward.kind=math_answer"
             )
-        return ReasoningGymReward(
-            source.task, source.task_args, config.correct, config.wrong, config.time_limit_s
-        )
+        return ReasoningGymReward(source.task, source.task_args, config.correct, config.wrong, config.time_limit_s)
     raise ValueError(f"reward.kind={config.kind!r} is unknown; use math_answer or reasoning_gym")

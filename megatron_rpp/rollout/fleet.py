@@ -35,22 +35,11 @@ class ServerFleet:
 
     def wait_ready(self) -> tuple[str, ...]:
         """Wait until every server answers; their URLs. A collective over the whole job."""
-        error = None
-        if dist.get_rank() == 0:
-            try:
-                if self._server is not None:
-                    self._server.wait_ready(self._config.rollout.startup_deadline_s)
-                for url in self._config.rollout.urls:
-                    self._require_healthy(url)
-            except (RolloutError, RuntimeError, TimeoutError) as caught:
-                error = str(caught)
-        url = self._server.url if self._server is not None else None
-        error, url = gather_objects((error, url))[0]
+        error, urls = gather_objects(self._wait() if dist.get_rank() == 0 else (None, ()))[0]
         if error is not None:
             raise RolloutError(error)
-        urls = self._config.rollout.urls or (url,)
-        self._client.urls = urls  # type: ignore[assignment]
-        return self._client.urls
+        self._client.urls = urls
+        return urls
 
     def revive(self) -> tuple[str, ...]:
         """Restart the spawned server if it has died or does not answer; the URLs. A collective over the whole job."""
@@ -66,6 +55,15 @@ class ServerFleet:
         if self._server is not None:
             self._server.stop()
 
-    def _require_healthy(self, url: str) -> None:
-        if not self._client.health(url):
-            raise RolloutError(f"rollout.urls: no healthy SGLang server answers at {url}")
+    def _wait(self) -> tuple[str | None, tuple[str, ...]]:
+        """(what went wrong, the URLs), on rank 0."""
+        if self._server is None:
+            for url in self._config.rollout.urls:
+                if not self._client.health(url):
+                    return f"rollout.urls: no healthy SGLang server answers at {url}", ()
+            return None, self._config.rollout.urls
+        try:
+            self._server.wait_ready(self._config.rollout.startup_deadline_s)
+        except RolloutError as error:
+            return str(error), ()
+        return None, (self._server.url,)

@@ -23,9 +23,7 @@ _UNSYNCED = -1  # policy version of weights that no sync has named yet
 class SGLangClient(RolloutEngine):
     """`generate` spreads the prompts over `urls`; the other methods serve weight sync."""
 
-    def __init__(
-        self, urls: Sequence[str], rollout: RolloutConfig, decode: Callable[[Sequence[int]], str]
-    ) -> None:
+    def __init__(self, urls: Sequence[str], rollout: RolloutConfig, decode: Callable[[Sequence[int]], str]) -> None:
         self.urls = tuple(urls)  # may be set later, once the servers are up
         self._rollout, self._decode = rollout, decode
 
@@ -77,9 +75,7 @@ class SGLangClient(RolloutEngine):
                 raise group_error.exceptions[0] from None  # the others were cancelled or say the same
         return [task.result() for task in tasks]
 
-    async def _send(
-        self, session: aiohttp.ClientSession, index: int, payload: dict[str, Any]
-    ) -> list[dict[str, Any]]:
+    async def _send(self, session: aiohttp.ClientSession, index: int, payload: dict[str, Any]) -> list[dict[str, Any]]:
         """One prompt's samples; a retry goes to the next server."""
         cause = ""
         for attempt in range(self._rollout.max_retries + 1):
@@ -99,9 +95,7 @@ class SGLangClient(RolloutEngine):
                 return samples
         raise RolloutError(f"{cause} (after rollout.max_retries={self._rollout.max_retries} retries)")
 
-    def post(
-        self, url: str, endpoint: str, payload: dict[str, object], timeout_s: float
-    ) -> dict[str, object]:
+    def post(self, url: str, endpoint: str, payload: dict[str, object], timeout_s: float) -> dict[str, object]:
         """POST JSON and give the JSON reply. Raises RolloutError with url, endpoint and reply."""
         return post_json(url, endpoint, payload, timeout_s)
 
@@ -130,9 +124,7 @@ async def _request(session: aiohttp.ClientSession, url: str, payload: dict[str, 
     return reply if isinstance(reply, list) else [reply]
 
 
-def generate_payloads(
-    prompts: Sequence[Prompt], sampling: SamplingParams, context_length: int
-) -> list[dict[str, Any]]:
+def generate_payloads(prompts: Sequence[Prompt], sampling: SamplingParams, context_length: int) -> list[dict[str, Any]]:
     """Bodies of `/generate`, one a prompt, with the prompt repeated and a seed for each sample."""
     seen: Counter[int] = Counter()
     payloads = []

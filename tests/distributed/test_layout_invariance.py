@@ -59,9 +59,7 @@ def test_layout_does_not_change_logprobs_advantages_loss_or_gradients(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_baseline_case_clips_and_reaches_every_parameter(
-    results: dict[str, dict[str, Result]], family: str
-) -> None:
+def test_baseline_case_clips_and_reaches_every_parameter(results: dict[str, dict[str, Result]], family: str) -> None:
     assert results["tp1_pp1_dp1"][family]["clipped"] > 0
     for name, gradient in results["tp1_pp1_dp1"][family]["gradients"].items():
         assert gradient.norm() > 0, f"{name} gets no gradient, so the comparison would prove nothing"

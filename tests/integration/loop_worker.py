@@ -1,4 +1,4 @@
-"""One rank of a short run, with what the test must see from inside: greedy tokens, a killed server, exported weights."""
+"""One rank of a short run, and what the test must see from inside: greedy tokens, a kill, exported weights."""
 
 from __future__ import annotations
 

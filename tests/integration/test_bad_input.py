@@ -46,7 +46,9 @@ def test_malformed_line_is_named(config: Path) -> None:
 
 
 def test_tensor_parallel_that_does_not_divide_the_heads(config: Path) -> None:
-    assert_one_clear_line(rpp_train(config, "--parallel.tensor=3"), "parallel.tensor=3 must divide num_attention_heads=4")
+    assert_one_clear_line(
+        rpp_train(config, "--parallel.tensor=3"), "parallel.tensor=3 must divide num_attention_heads=4"
+    )
 
 
 def test_unknown_key_suggests_the_right_one(config: Path) -> None:

@@ -43,9 +43,7 @@ def prompts(tiny_model_dir: Path) -> list[Prompt]:
 @pytest.fixture(scope="module")
 def client(sglang_server: SGLangServer, tiny_model_dir: Path) -> SGLangClient:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    return SGLangClient(
-        [sglang_server.url], RolloutConfig(context_length=256, max_retries=0), tokenizer.decode
-    )
+    return SGLangClient([sglang_server.url], RolloutConfig(context_length=256, max_retries=0), tokenizer.decode)
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +76,7 @@ def test_greedy_tokens_equal_those_of_transformers(
 ) -> None:
     for rollout in sample(prompts, samples=1, temperature=0.0):
         ids = torch.tensor([rollout.prompt.token_ids])
-        expected = model.generate(
-            ids, max_new_tokens=32, do_sample=False, attention_mask=torch.ones_like(ids)
-        )
+        expected = model.generate(ids, max_new_tokens=32, do_sample=False, attention_mask=torch.ones_like(ids))
         assert rollout.response_ids == tuple(expected[0, ids.shape[1] :].tolist())
 
 

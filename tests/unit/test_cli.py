@@ -72,8 +72,7 @@ def test_train_help_lists_every_key_with_type_default_and_docstring() -> None:
 
 def test_validation_does_not_import_torch(project: Path) -> None:
     code = (
-        "import sys; from megatron_rpp import cli; cli.main(sys.argv[1:]); "
-        "sys.exit(3 if 'torch' in sys.modules else 0)"
+        "import sys; from megatron_rpp import cli; cli.main(sys.argv[1:]); sys.exit(3 if 'torch' in sys.modules else 0)"
     )
     argv = [sys.executable, "-c", code, "train", str(project / "run.toml"), "--parallel.tensor=3"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=30)
@@ -116,9 +115,7 @@ def test_a_run_is_not_overwritten_without_resume(project: Path, capsys: pytest.C
     (project / "run").mkdir()
     (project / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
     assert cli.main(["train", str(project / "run.toml")]) == 2
-    assert (
-        "already holds a run; pass --resume to continue it, or another --run.dir" in capsys.readouterr().err
-    )
+    assert "already holds a run; pass --resume to continue it, or another --run.dir" in capsys.readouterr().err
 
 
 def test_a_launcher_with_the_wrong_number_of_ranks_is_refused(project: Path) -> None:

@@ -48,9 +48,7 @@ def aliases(tree: ast.Module) -> set[tuple[str, str]]:
             if isinstance(targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
                 targets, values = targets[0].elts, node.value.elts
             for target, value in zip(targets, values, strict=False):
-                found |= {
-                    (name_of(target), name) for section, name in by_section if section == name_of(value)
-                }
+                found |= {(name_of(target), name) for section, name in by_section if section == name_of(value)}
     return found
 
 

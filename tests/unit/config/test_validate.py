@@ -54,8 +54,7 @@ def test_valid_configurations_pass(make: Make) -> None:
         ({"parallel.data": 256}, "parallel.data=256 must divide train.batch_size=128"),
         (
             {"train.batch_size": 96},
-            "train.batch_size=96 must divide rollout.num_prompts=256 x "
-            "algorithm.num_samples_per_prompt=4 = 1024",
+            "train.batch_size=96 must divide rollout.num_prompts=256 x algorithm.num_samples_per_prompt=4 = 1024",
         ),
         (
             {"rollout.context_length": 4096},

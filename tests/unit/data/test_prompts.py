@@ -46,9 +46,7 @@ def write(path: Path, *lines: object) -> str:
     return str(path)
 
 
-def load(
-    source: SourceConfig, template: str = "{prompt}", limit: int = 100, chat: bool = False
-) -> list[Prompt]:
+def load(source: SourceConfig, template: str = "{prompt}", limit: int = 100, chat: bool = False) -> list[Prompt]:
     data = DataConfig(prompt_template=template, chat_template=chat)
     return load_prompts(source, data, Characters(), max_prompt_tokens=limit)
 
@@ -112,9 +110,7 @@ def test_blank_missing_and_misencoded_files_are_refused(tmp_path: Path) -> None:
 
 def test_a_prompt_that_is_too_long_names_line_count_limit_and_keys(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", GOOD, {"prompt": "x" * 11, "answer": "1"})
-    message = (
-        r"a\.jsonl:2: .* 11 tokens, the limit is 10; .*rollout\.context_length.*rollout\.max_response_tokens"
-    )
+    message = r"a\.jsonl:2: .* 11 tokens, the limit is 10; .*rollout\.context_length.*rollout\.max_response_tokens"
     with pytest.raises(ValueError, match=message):
         load(SourceConfig(path=path), limit=10)
 
@@ -124,9 +120,7 @@ def test_a_broken_template_is_reported_as_such(tmp_path: Path) -> None:
         load(SourceConfig(path=write(tmp_path / "a.jsonl", GOOD)), "{prompt")
 
 
-GYM = SourceConfig(
-    kind="reasoning_gym", task="chain_sum", size=20, task_args={"max_terms": 2, "max_digits": 2}
-)
+GYM = SourceConfig(kind="reasoning_gym", task="chain_sum", size=20, task_args={"max_terms": 2, "max_digits": 2})
 
 
 def test_reasoning_gym_templates_may_name_metadata_and_question() -> None:

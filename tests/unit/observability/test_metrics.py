@@ -13,9 +13,7 @@ def test_ranks_with_unequal_counts_are_weighted_by_count() -> None:
     ranks = [Metrics(), Metrics()]
     ranks[0].add_mean("reward/mean", 3.0, 3)
     ranks[1].add_mean("reward/mean", 0.0, 1)
-    assert ranks[0].reduce(lambda mine: ranks).as_dict() == {
-        "reward/mean": 0.75
-    }  # not the mean of means, 0.5
+    assert ranks[0].reduce(lambda mine: ranks).as_dict() == {"reward/mean": 0.75}  # not the mean of means, 0.5
 
 
 def test_ranks_may_hold_different_names() -> None:

@@ -110,13 +110,9 @@ def test_logs_go_to_the_ranks_file_and_only_rank_0_warns_on_the_terminal(
 
 def test_the_report_draws_a_picture_and_says_first_and_last_accuracy(tmp_path: Path) -> None:
     with writer(tmp_path) as metrics:
-        metrics.write(
-            0, {"reward/mean": 0.1, "eval/accuracy": 0.25, "eval/greedy_accuracy": 0.3, "kl/mean": 0.0}
-        )
+        metrics.write(0, {"reward/mean": 0.1, "eval/accuracy": 0.25, "eval/greedy_accuracy": 0.3, "kl/mean": 0.0})
         metrics.write(1, {"reward/mean": 0.2, "kl/mean": 0.1})
-        metrics.write(
-            2, {"reward/mean": 0.3, "eval/accuracy": 0.75, "eval/greedy_accuracy": 0.8, "kl/mean": 0.2}
-        )
+        metrics.write(2, {"reward/mean": 0.3, "eval/accuracy": 0.75, "eval/greedy_accuracy": 0.8, "kl/mean": 0.2})
     picture = draw(tmp_path)
     assert picture == tmp_path / "curve.png" and picture.read_bytes().startswith(b"\x89PNG")
     assert summary(tmp_path) == (

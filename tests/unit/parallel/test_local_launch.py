@@ -76,10 +76,7 @@ else:
 
 
 def test_only_rank_0_writes_to_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert (
-        launch_local(rank_program("print('rank', rank); print('err', rank, file=sys.stderr)"), 2, tmp_path)
-        == 0
-    )
+    assert launch_local(rank_program("print('rank', rank); print('err', rank, file=sys.stderr)"), 2, tmp_path) == 0
     shown = capfd.readouterr()
     assert (shown.out, shown.err) == ("rank 0\n", "err 0\n")
     assert sorted((tmp_path / "logs" / "rank-1.txt").read_text().splitlines()) == ["err 1", "rank 1"]
@@ -115,26 +112,20 @@ def test_a_rank_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pyte
     assert not any(alive(pid) for pid in pids(tmp_path, 2))
 
 
-def test_a_users_mistake_wins_over_a_crash_that_it_caused(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_users_mistake_wins_over_a_crash_that_it_caused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     body = "if rank == 1: sys.exit('connection lost')\n"
     body += "time.sleep(0.3); sys.exit(print('rpp: error: said once', file=sys.stderr) or 2)"
     assert launch_local(rank_program(body), 2, tmp_path) == 2
     assert capfd.readouterr().err == "rpp: error: said once\n"
 
 
-def test_a_mistake_that_only_another_rank_sees_is_told(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mistake_that_only_another_rank_sees_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     body = "if rank == 1: sys.exit(print('rpp: error: seen by rank 1', file=sys.stderr) or 2)\ntime.sleep(60)"
     assert launch_local(rank_program(body), 2, tmp_path) == 2
     assert capfd.readouterr().err == "rpp: error: seen by rank 1\n"
 
 
-def test_a_rank_that_is_killed_gives_the_shells_code(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_rank_that_is_killed_gives_the_shells_code(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert launch_local(rank_program("os.kill(os.getpid(), signal.SIGKILL)"), 1, tmp_path) == 137
     assert capfd.readouterr().err == "rpp: rank 0 was ended by SIGKILL\n"
 
@@ -149,9 +140,7 @@ def test_killing_the_launcher_leaves_no_orphan(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_signals_reach_every_rank_and_the_launcher_waits_for_them(
-    tmp_path: Path, number: signal.Signals
-) -> None:
+def test_signals_reach_every_rank_and_the_launcher_waits_for_them(tmp_path: Path, number: signal.Signals) -> None:
     body = (
         "def note(n, frame):\n"
         f"    open(f'{tmp_path}/got-{{rank}}', 'w').write(str(n)); time.sleep(0.2); sys.exit(0)\n"
@@ -173,9 +162,7 @@ exit_on_sigterm(grace_s=0.3)
 
 def test_sigterm_runs_finally_blocks(tmp_path: Path) -> None:
     body = EXIT_ON_SIGTERM + (
-        "try:\n"
-        "    print('ready', flush=True); time.sleep(60)\n"
-        f"finally:\n    open('{tmp_path}/cleaned', 'w')\n"
+        f"try:\n    print('ready', flush=True); time.sleep(60)\nfinally:\n    open('{tmp_path}/cleaned', 'w')\n"
     )
     env = {**os.environ, "RANK": "0"}
     with subprocess.Popen(rank_program(body), stdout=subprocess.PIPE, env=env) as process:

@@ -73,9 +73,7 @@ def test_the_final_answer_is_found(text: str, answer: str) -> None:
         ("", "7", False),
     ],
 )
-def test_equal_answers_pay_and_others_do_not(
-    reward: MathAnswerReward, text: str, gold: str, right: bool
-) -> None:
+def test_equal_answers_pay_and_others_do_not(reward: MathAnswerReward, text: str, gold: str, right: bool) -> None:
     assert reward([rollout(text, gold)]) == [1.0 if right else -1.0]
 
 

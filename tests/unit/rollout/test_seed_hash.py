@@ -45,7 +45,5 @@ def test_the_reference_is_murmurhash3() -> None:
 def test_hash_of_seed_position_and_column(seeds: ModuleType, seed: int) -> None:
     positions, columns = torch.tensor([5, 70_000]), torch.tensor([0, 3, 151_935])
     got = seeds.murmur_hash32(torch.tensor([seed, seed]).to(torch.uint64), positions, columns)
-    expected = [
-        [murmur3(struct.pack("<QII", seed, p, c)) for c in columns.tolist()] for p in positions.tolist()
-    ]
+    expected = [[murmur3(struct.pack("<QII", seed, p, c)) for c in columns.tolist()] for p in positions.tolist()]
     assert got.tolist() == expected

@@ -170,9 +170,7 @@ def test_no_more_requests_are_in_flight_than_allowed(server: FakeServer) -> None
 
 def test_progress_counts_responses_up_to_all(server: FakeServer) -> None:
     seen: list[tuple[int, int]] = []
-    client(server.url).generate(
-        prompts(4), sampling(), progress=lambda done, asked: seen.append((done, asked))
-    )
+    client(server.url).generate(prompts(4), sampling(), progress=lambda done, asked: seen.append((done, asked)))
     assert seen == [(2, 8), (4, 8), (6, 8), (8, 8)]
 
 

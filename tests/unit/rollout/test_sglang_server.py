@@ -55,9 +55,7 @@ def test_a_port_in_use_is_reported_before_anything_is_spawned(tmp_path: Path) ->
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with fake(ANSWERS, tmp_path, port) as server:
-            with pytest.raises(
-                ValueError, match=f"rollout.port={port} is in use on 127.0.0.1; choose another"
-            ):
+            with pytest.raises(ValueError, match=f"rollout.port={port} is in use on 127.0.0.1; choose another"):
                 server.start()
             assert server.pid is None
 
