@@ -23,5 +23,12 @@ smollm2: setup ## a real pretrained model: its logits against transformers, then
 	$(BIN)/python -m checkpoint_tools.compare_logits models/smollm2
 	$(BIN)/python -m checkpoint_tools.compare_logits models/smollm2 --pipeline 2
 	$(BIN)/python -m checkpoint_tools.compare_logits models/smollm2 --tensor 3
-	rm -rf runs/smollm2
+	test ! -e runs/smollm2 || mv runs/smollm2 runs/smollm2-until-$$(date +%Y%m%d-%H%M%S)
 	$(BIN)/rpp train examples/smollm2_135m.toml
+
+demo: setup ## warm start and REINFORCE++ on this machine's CPU, with a live SGLang server; writes runs/demo
+	test ! -e runs/demo || mv runs/demo runs/demo-until-$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/python examples/make_demo.py --out runs/demo/start
+	$(BIN)/rpp sft examples/demo_cpu.toml
+	$(BIN)/rpp train examples/demo_cpu.toml
+	$(BIN)/rpp report runs/demo

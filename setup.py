@@ -13,9 +13,9 @@ setup(
     entry_points={"console_scripts": ["rpp = megatron_rpp.cli:main"]},
     # sglang is not among them: its own list brings CUDA, so `make setup` and the extra `gpu` install it.
     install_requires=[
-        "torch>=2.13",
+        "torch>=2.11",
         "numpy",
-        "megatron-core==0.16.1",
+        "megatron-core>=0.16.1,<0.20",
         "transformers>=5.19",
         "tokenizers",
         "sentencepiece",
@@ -23,6 +23,8 @@ setup(
         "math-verify",
         "reasoning-gym",
         "requests",
+        "aiohttp",
+        "einops",
         "psutil",
         "rich",
         "tensorboard",

@@ -97,7 +97,7 @@ def _check_lines(config: Config, command: str) -> None:
     if command == "sft":
         check_jsonl(config.sft.data, [*keys, ("response", "answer")])
         return
-    evaluates = config.data.eval.size and config.eval.interval
+    evaluates = config.data.eval.is_set and config.eval.interval
     for source in (config.data.train, config.data.eval) if evaluates else (config.data.train,):
         if source.kind == "jsonl":
             check_jsonl(source.path, [*keys, "answer"], limit=source.size)

@@ -126,7 +126,7 @@ def _prompts(config: Config, tokenizer: Tokenizer) -> tuple[list[Prompt], list[P
     """(training prompts, held-out prompts)."""
     longest = config.rollout.context_length - config.rollout.max_response_tokens
     train = load_prompts(config.data.train, config.data, tokenizer, max_prompt_tokens=longest)
-    if config.eval.interval == 0 or config.data.eval.size == 0:
+    if config.eval.interval == 0 or not config.data.eval.is_set:
         return train, []
     source = replace(config.data.eval, size=min(config.data.eval.size, config.eval.num_prompts))
     return train, load_prompts(source, config.data, tokenizer, max_prompt_tokens=longest)

@@ -140,6 +140,11 @@ class SourceConfig:
     seed: int = 0
     """Seed of a reasoning_gym source; give train and eval different ones."""
 
+    @property
+    def is_set(self) -> bool:
+        """Whether anything of it has been set, complete or not."""
+        return bool(self.path or self.task) or self.kind != "jsonl"
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -147,8 +152,8 @@ class DataConfig:
 
     train: SourceConfig = field(default_factory=SourceConfig)
     """Training prompts."""
-    eval: SourceConfig = field(default_factory=lambda: SourceConfig(size=0))
-    """Held-out prompts; size 0 turns evaluation off."""
+    eval: SourceConfig = field(default_factory=SourceConfig)
+    """Held-out prompts; without a path or a task nothing is evaluated."""
     prompt_template: str = "{prompt}"
     """Text of a prompt; names in braces are keys of the JSONL object or of the reasoning-gym entry."""
     chat_template: bool = False
@@ -178,7 +183,7 @@ class OptimizerConfig:
     lr_schedule: str = "constant"
     """constant, linear or cosine decay from lr to min_lr over the whole run."""
     warmup_steps: int = 0
-    """Optimizer steps of linear warm-up."""
+    """Optimizer steps of linear warm-up; at a high rate Adam's first steps can wreck a policy without it."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     adam_beta1: float = 0.9
@@ -232,7 +237,7 @@ class SftConfig:
     init: str = ""
     """Hugging Face directory to start from."""
     data: str = ""
-    """JSONL file of demonstrations: `prompt` and `response` (or `answer`)."""
+    """JSONL file of demonstrations: the keys that data.prompt_template names, and `response` (or `answer`)."""
     output: str = ""
     """Hugging Face directory that is written; usually the model.path of `rpp train`."""
     steps: int = 500

@@ -95,7 +95,7 @@ def _check_server(config: Config, model: dict[str, Any]) -> None:
 
 def _check_sources(config: Config) -> None:
     _check_source("data.train", config.data.train, config.reward.kind)
-    if config.data.eval.size and config.eval.interval:
+    if config.data.eval.is_set and config.eval.interval:
         _check_source("data.eval", config.data.eval, config.reward.kind)
 
 

@@ -40,6 +40,9 @@ class Rollout:
     finish_reason: str  # stop | length | abort
     policy_version: int  # of the weights that sampled it
 
+    def __post_init__(self) -> None:
+        assert len(self.rollout_logprobs) == len(self.response_ids), "one log-prob a response token"
+
     @property
     def is_truncated(self) -> bool:
         return self.finish_reason != "stop"

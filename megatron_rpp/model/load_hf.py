@@ -47,11 +47,14 @@ def load_hf_weights(chunks: Sequence[torch.nn.Module], hf: HFConfig, path: str, 
         name = "embedding.word_embeddings.weight" if item.is_tied_copy else item.name
         rule, hf_names = family.find(name)
         shard = Shard(item.dim, parallel.tp_rank, parallel.tp_size, item.parameter.shape[0])
-        value = rule.transform.split([tensors.read(n) for n in hf_names], shard, hf)
-        if value.shape != item.parameter.shape:
-            raise ValueError(
-                f"{path}: {', '.join(hf_names)} give {item.name} the shape {tuple(value.shape)}, "
-                f"but config.json implies {tuple(item.parameter.shape)}"
-            )
+        parts = [tensors.read(n) for n in hf_names]
+        try:
+            value = rule.transform.split(parts, shard, hf)
+            if value.shape != item.parameter.shape:
+                wanted = tuple(item.parameter.shape)
+                raise ValueError(f"they give {item.name} the shape {tuple(value.shape)} where {wanted} is needed")
+        except (RuntimeError, ValueError) as error:
+            found = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(hf_names, parts, strict=True))
+            raise ValueError(f"{path}: {found} do not fit its config.json: {error}") from error
         with torch.no_grad():
             item.parameter.copy_(value)

@@ -20,11 +20,14 @@ class Bucket:
 
 
 def buckets(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[Bucket]:
-    """Group tensors in order into buckets of at most `max_bytes`; a larger tensor gets its own."""
+    """Group tensors in order into buckets of at most `max_bytes`; a larger tensor gets its own.
+
+    A bucket has one dtype: SGLang refuses a tensor that does not start at a multiple of its item size.
+    """
     pending: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in tensors:
-        if pending and size + tensor.nbytes > max_bytes:
+        if pending and (size + tensor.nbytes > max_bytes or tensor.dtype != pending[0][1].dtype):
             yield _flatten(pending)
             pending, size = [], 0
         pending.append((name, tensor))

@@ -48,6 +48,8 @@ class Vocab:
 
     def split(self, hf: Sequence[Tensor], shard: Shard, model: HFConfig) -> Tensor:
         (full,) = hf
+        if full.shape[0] != model.vocab_size:
+            raise ValueError(f"{full.shape[0]} rows where config.json has vocab_size={model.vocab_size}")
         padding = full.new_zeros(shard.rows * shard.tp_size - full.shape[0], full.shape[1])
         return shard.of(torch.cat([full, padding]))
 

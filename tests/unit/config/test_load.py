@@ -121,6 +121,6 @@ def test_every_field_has_a_docstring() -> None:
 def test_describe_gives_types_and_the_defaults_in_force() -> None:
     rows = {key: (kind, default) for key, kind, default, _ in describe()}
     assert rows["data.train.size"] == ("int", 25_000)
-    assert rows["data.eval.size"] == ("int", 0)  # Config's default, not SourceConfig's
+    assert rows["eval.num_prompts"] == ("int", 256)
     assert rows["rollout.urls"] == ("list of str", ())
     assert rows["data.train.task_args"] == ("table", {})

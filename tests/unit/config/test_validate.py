@@ -68,7 +68,7 @@ def test_valid_configurations_pass(make: Make) -> None:
         ({"model.path": "/absent"}, "model.path=/absent must be an existing directory"),
         ({"data.train.path": ""}, "data.train.path is not set; pass --data.train.path=FILE.jsonl"),
         ({"data.train.path": "/absent.jsonl"}, "data.train.path=/absent.jsonl must be an existing file"),
-        ({"data.eval.size": 8}, "data.eval.path is not set"),
+        ({"data.eval.kind": "reasoning_gym"}, "data.eval.task is not set"),
         ({"data.train.kind": "reasoning_gym"}, "data.train.task is not set"),
         (
             {"reward.kind": "reasoning_gym"},

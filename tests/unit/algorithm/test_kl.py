@@ -1,0 +1,66 @@
+"""KL estimators on numbers worked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_rpp.algorithm.kl import kl_estimate
+
+POLICY = torch.tensor([[-1.0, -2.0, -0.5]], dtype=torch.float64)
+REFERENCE = torch.tensor([[-1.5, -1.0, -0.5]], dtype=torch.float64)
+
+# k1 = log pi - log ref = 0.5, -1, 0
+# k2 = k1^2 / 2         = 0.125, 0.5, 0
+# k3 = exp(-k1) - 1 + k1 = e^-0.5 - 0.5, e - 2, 0
+WORKED = {
+    "k1": [0.5, -1.0, 0.0],
+    "k2": [0.125, 0.5, 0.0],
+    "k3": [0.10653065971263342, 0.7182818284590451, 0.0],
+}
+
+
+@pytest.mark.parametrize("estimator", WORKED)
+def test_estimator_matches_the_worked_numbers(estimator: str) -> None:
+    assert kl_estimate(POLICY, REFERENCE, estimator)[0].tolist() == pytest.approx(WORKED[estimator], abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "expected"),
+    [
+        ("k1", [10.0, -10.0, 3.0]),
+        ("k2", [50.0, 50.0, 4.5]),
+        ("k3", [9 + math.exp(-10), math.exp(10) - 11, 2 + math.exp(-3)]),
+    ],
+)
+def test_clamp_bounds_the_log_ratio_before_the_estimator_on_both_sides(estimator: str, expected: list[float]) -> None:
+    policy = torch.tensor([[0.0, -30.0, -1.0]], dtype=torch.float64)
+    reference = torch.tensor([[-30.0, 0.0, -4.0]], dtype=torch.float64)
+    assert kl_estimate(policy, reference, estimator, clamp=10.0)[0].tolist() == pytest.approx(expected, rel=1e-13)
+
+
+def test_no_clamp_leaves_a_large_log_ratio() -> None:
+    assert kl_estimate(torch.tensor([[0.0]]), torch.tensor([[-30.0]]), "k1", clamp=None).item() == 30.0
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_expectation_under_the_policy_is_the_kl_divergence(estimator: str) -> None:
+    """Fails for a swapped ratio: k1 and k3 are unbiased for KL(policy || reference) only."""
+    policy = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64)
+    reference = torch.tensor([[0.3, 0.3, 0.4]], dtype=torch.float64)
+    exact = sum(p * math.log(p / q) for p, q in zip(policy[0].tolist(), reference[0].tolist(), strict=True))
+    estimates = kl_estimate(policy.log(), reference.log(), estimator)
+    assert (policy * estimates).sum().item() == pytest.approx(exact, rel=1e-12)
+
+
+def test_k2_as_a_loss_has_the_log_ratio_as_its_gradient() -> None:
+    policy = POLICY.clone().requires_grad_()
+    kl_estimate(policy, REFERENCE, "k2").sum().backward()
+    assert policy.grad is not None and policy.grad[0].tolist() == pytest.approx([0.5, -1.0, 0.0])
+
+
+def test_unknown_estimator_error_names_the_key_and_the_choices() -> None:
+    with pytest.raises(ValueError, match=r"kl_estimator=k4.*k1, k2, k3"):
+        kl_estimate(POLICY, REFERENCE, "k4")

@@ -1,0 +1,97 @@
+"""What the heads make of logits: the shift by one token, the mask, the one denominator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_rpp.config.schema import AlgorithmConfig
+from megatron_rpp.engine.heads import LogprobHead, PolicyHead, SftHead
+from megatron_rpp.experience.types import ExperienceBatch
+
+ROWS, WIDTH, VOCAB, PADDED = 3, 6, 7, 8
+HEAD = LogprobHead(vocab_size=VOCAB, temperature=0.8, chunk_tokens=4, tp_group=None)
+
+
+def make_batch(**changes: Any) -> ExperienceBatch:
+    g = torch.Generator().manual_seed(4)
+    mask = torch.zeros(ROWS, WIDTH)
+    mask[0, 2:5] = mask[1, 1:] = 1  # row 2 has no response
+    tensors = {
+        "tokens": torch.randint(VOCAB, (ROWS, WIDTH), generator=g),
+        "loss_mask": mask,
+        "rollout_logprobs": torch.zeros(ROWS, WIDTH),
+        "rewards": torch.zeros(ROWS),
+        "group_ids": torch.zeros(ROWS, dtype=torch.int64),
+        "old_logprobs": torch.randn(ROWS, WIDTH, generator=g) * 0.1 - 2,
+        "advantages": torch.randn(ROWS, WIDTH, generator=g) * mask,
+    }
+    return ExperienceBatch(**{**tensors, **changes})
+
+
+def make_logits() -> Tensor:
+    return torch.randn(ROWS, WIDTH, PADDED, generator=torch.Generator().manual_seed(6)).requires_grad_()
+
+
+def expected_logprobs(logits: Tensor, batch: ExperienceBatch) -> Tensor:
+    """Log-prob of token t from the logits at t - 1, 0 outside the mask, in float64."""
+    distribution = (logits[..., :VOCAB].double() / 0.8).log_softmax(-1)
+    at_token = distribution[:, :-1].gather(-1, batch.tokens[:, 1:, None])[..., 0]
+    return torch.nn.functional.pad(at_token, (1, 0)) * batch.loss_mask
+
+
+def test_logprob_of_a_token_comes_from_the_logits_before_it() -> None:
+    logits, batch = make_logits(), make_batch()
+    loss, outputs = HEAD(logits, batch)
+    torch.testing.assert_close(outputs["logprobs"].double(), expected_logprobs(logits, batch), rtol=0, atol=2e-6)
+    assert loss.item() == 0.0
+
+
+def test_entropy_is_of_the_distribution_that_the_token_was_drawn_from() -> None:
+    logits, batch = make_logits(), make_batch()
+    distribution = torch.distributions.Categorical(logits=logits[..., :VOCAB].double() / 0.8)
+    expected = torch.nn.functional.pad(distribution.entropy()[:, :-1], (1, 0)) * batch.loss_mask
+    torch.testing.assert_close(HEAD(logits, batch)[1]["entropy"].double(), expected.detach(), rtol=0, atol=2e-6)
+
+
+def test_only_logits_before_a_response_token_get_a_gradient() -> None:
+    logits, batch = make_logits(), make_batch()
+    SftHead(HEAD, 1.0)(logits, batch)[0].backward()
+    assert logits.grad is not None
+    touched = logits.grad.abs().sum(-1) > 0
+    expected = torch.zeros(ROWS, WIDTH, dtype=torch.bool)
+    expected[0, 1:4] = expected[1, 0:5] = True
+    assert torch.equal(touched, expected)
+
+
+@pytest.mark.parametrize("head", [PolicyHead(HEAD, AlgorithmConfig(), 1.0), SftHead(HEAD, 1.0)])
+def test_a_microbatch_without_response_tokens_gives_zero_loss_and_zero_gradient(head: Any) -> None:
+    """The pipeline still calls backward on it; a loss without a graph would raise there."""
+    logits = make_logits()
+    loss, outputs = head(logits, make_batch(loss_mask=torch.zeros(ROWS, WIDTH)))
+    loss.backward()
+    assert loss.item() == 0.0 and logits.grad is not None and (logits.grad == 0).all()
+    assert all(value.item() == 0.0 for value in outputs.values())
+
+
+def test_policy_head_uses_each_setting_of_the_algorithm_and_the_global_count() -> None:
+    logits, batch = make_logits(), make_batch()
+    algorithm = AlgorithmConfig(clip_eps_low=0.1, clip_eps_high=0.3, log_ratio_clamp=0.5)
+    loss, sums = PolicyHead(HEAD, algorithm, 40.0)(logits, batch)
+    assert batch.old_logprobs is not None and batch.advantages is not None
+    ratio = (expected_logprobs(logits, batch) - batch.old_logprobs).clamp(-0.5, 0.5).exp()
+    clipped = ratio.clamp(0.9, 1.3) * batch.advantages
+    total = -(torch.minimum(ratio * batch.advantages, clipped) * batch.loss_mask).sum().item()
+    assert loss.item() == pytest.approx(total / 40, rel=1e-5)
+    assert sums["loss/policy"].item() == pytest.approx(total, rel=1e-5)
+
+
+def test_sft_loss_is_the_negative_log_likelihood_over_the_global_count() -> None:
+    logits, batch = make_logits(), make_batch()
+    loss, sums = SftHead(HEAD, 16.0)(logits, batch)
+    total = -expected_logprobs(logits, batch).sum().item()
+    assert loss.item() == pytest.approx(total / 16, rel=1e-6)
+    assert sums["loss/total"].item() == pytest.approx(total, rel=1e-6)

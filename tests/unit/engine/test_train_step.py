@@ -1,0 +1,91 @@
+"""How a rollout batch becomes mini-batches and their sums become metrics; the optimizer step is a stand-in."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_rpp.config.schema import Config, TrainConfig
+from megatron_rpp.engine import train_step as module
+from megatron_rpp.engine.heads import PolicyHead
+from megatron_rpp.experience.types import ExperienceBatch
+
+WIDTH = 4
+
+
+def make_batch(token_counts: list[int]) -> ExperienceBatch:
+    rows = len(token_counts)
+    mask = (torch.arange(WIDTH) < torch.tensor(token_counts)[:, None]).float()
+    cells = torch.zeros(rows, WIDTH)
+    ids = torch.arange(rows)
+    return ExperienceBatch(cells.long(), mask, cells, ids.float(), ids, cells, cells, cells, cells)
+
+
+class Steps:
+    """Stands in for optimizer_step: what each one was given; its ratio is 1 at first, then 1.5."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[int]] = []
+        self.denominators: list[float] = []
+        self.micro_batch_sizes: list[int] = []
+
+    def __call__(
+        self, policy: Any, optimizer: Any, batch: ExperienceBatch, head: PolicyHead, micro_batch_size: int
+    ) -> tuple[dict[str, float], float]:
+        ratio = 1.0 if not self.rows else 1.5
+        self.rows.append(batch.group_ids.tolist())
+        self.denominators.append(head.global_token_count)
+        self.micro_batch_sizes.append(micro_batch_size)
+        tokens = batch.loss_mask.sum().item()
+        optimizer.lr /= 2
+        return {"loss/policy": 2.0 * tokens * ratio, "ratio/mean": tokens * ratio}, 10.0 * len(self.rows)
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, token_counts: list[int], batch_size: int, dp_size: int = 1
+) -> tuple[Steps, dict[str, float]]:
+    steps = Steps()
+    monkeypatch.setattr(module, "optimizer_step", steps)
+    # As if every replica held the same rows.
+    monkeypatch.setattr(module, "global_token_count", lambda b, _: float(b.loss_mask.sum()) * dp_size)
+    monkeypatch.setattr(module, "logprob_head", lambda *_: None)
+    policy: Any = SimpleNamespace(parallel=SimpleNamespace(dp_size=dp_size, device=torch.device("cpu")))
+    optimizer: Any = SimpleNamespace(lr=1e-3)
+    config = Config(train=TrainConfig(batch_size=batch_size, micro_batch_size=2))
+    return steps, module.train_step(policy, optimizer, make_batch(token_counts), config)
+
+
+def test_minibatches_take_their_share_of_rows_in_order_with_their_own_global_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps, _ = run(monkeypatch, [1, 2, 3, 4, 1, 1], batch_size=4, dp_size=2)
+    assert steps.rows == [[0, 1], [2, 3], [4, 5]]
+    assert steps.denominators == [6.0, 14.0, 4.0]
+    assert steps.micro_batch_sizes == [2, 2, 2]
+
+
+def test_metrics_are_token_means_over_the_rollout_batch_not_means_of_minibatch_means(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Mini-batches of 1 and 3 tokens with ratios 1 and 1.5: (1 + 4.5) / 4, not 1.25."""
+    _, stats = run(monkeypatch, [1, 0, 2, 1], batch_size=2)
+    assert stats["ratio/mean_all"] == pytest.approx(5.5 / 4)
+    assert stats["loss/policy"] == stats["loss/total"] == pytest.approx(2 * 5.5 / 4)
+    assert stats["ratio/mean"] == 1.0  # of the first mini-batch, before any update
+    assert stats["grad_norm"] == 15.0
+    assert stats["lr"] == 1e-3  # before the schedule moved on
+
+
+def test_a_minibatch_without_tokens_never_divides_by_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, stats = run(monkeypatch, [2, 2, 0, 0], batch_size=2)
+    assert steps.denominators == [4.0, 1.0]
+    assert stats["ratio/mean_all"] == 1.0
+
+
+@pytest.mark.xfail(strict=True, reason="0 / 1 reads as 'scoring and training disagree'")
+def test_ratio_of_a_first_minibatch_without_tokens_is_not_reported_as_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, stats = run(monkeypatch, [0, 0, 2, 2], batch_size=2)
+    assert stats["ratio/mean"] != 0.0

@@ -1,0 +1,102 @@
+"""config.json: both transformers generations are read; what we would compute wrongly is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rpp.model.hf_config import HFConfig, read_hf_config
+from tests.support.tiny_models import save_tiny
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_attention_heads": 6,
+    "num_hidden_layers": 3,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 101,
+}
+
+
+def read(folder: Path, **changes: Any) -> HFConfig:
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **changes}))
+    return read_hf_config(str(folder))
+
+
+def test_every_size_comes_from_its_own_key(tmp_path: Path) -> None:
+    found = read(tmp_path, num_key_value_heads=2, head_dim=16, max_position_embeddings=512, tie_word_embeddings=True)
+    assert found == HFConfig(
+        architecture="LlamaForCausalLM",
+        num_layers=3,
+        hidden_size=48,
+        ffn_hidden_size=96,
+        num_attention_heads=6,
+        num_query_groups=2,
+        head_dim=16,
+        vocab_size=101,
+        norm_eps=1e-5,
+        rope_theta=10_000.0,
+        max_position_embeddings=512,
+        tied_embeddings=True,
+        qkv_bias=False,
+        qk_norm=False,
+    )
+
+
+@pytest.mark.parametrize("absent", [{}, {"num_key_value_heads": None, "head_dim": None}])
+def test_absent_key_value_heads_and_head_dim_follow_from_the_heads(tmp_path: Path, absent: dict[str, None]) -> None:
+    found = read(tmp_path, **absent)
+    assert (found.num_query_groups, found.head_dim, found.tied_embeddings) == (6, 8, False)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope_theta": 5e5, "rope_scaling": None},  # transformers 4
+        {"rope_theta": 5e5},
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},  # transformers 5
+    ],
+)
+def test_rope_theta_is_read_as_transformers_4_and_5_write_it(tmp_path: Path, keys: dict[str, Any]) -> None:
+    assert read(tmp_path, **keys).rope_theta == 5e5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type='linear'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_theta": 5e5}, "rope type='llama3'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type='yarn'"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"attention_bias": True, "architectures": ["Qwen3ForCausalLM"]}, "attention_bias=True"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"use_sliding_window": True}, "use_sliding_window=True"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    ],
+)
+def test_what_would_be_computed_wrongly_is_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError) as error:
+        read(tmp_path, **changes)
+    assert message in str(error.value) and f"{tmp_path}/config.json" in str(error.value)
+
+
+def test_qwen2_has_query_biases_and_qwen3_head_norms_though_no_key_says_so(tmp_path: Path) -> None:
+    qwen2 = read(tmp_path, architectures=["Qwen2ForCausalLM"])
+    qwen3 = read(tmp_path, architectures=["Qwen3ForCausalLM"], head_dim=8)
+    assert (qwen2.qkv_bias, qwen2.qk_norm) == (True, False)
+    assert (qwen3.qkv_bias, qwen3.qk_norm) == (False, True)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_config_that_installed_transformers_wrote_is_read(family: str, tmp_path: Path) -> None:
+    found = read_hf_config(str(save_tiny(family, tmp_path)))
+    assert (found.num_layers, found.num_attention_heads, found.num_query_groups, found.head_dim) == (4, 4, 2, 8)
+    assert (found.vocab_size, found.ffn_hidden_size, found.hidden_size) == (19, 48, 32)
+    assert found.tied_embeddings == (family == "qwen3")
