@@ -53,7 +53,7 @@ def split_microbatches(
     count = -(-count // count_multiple) * count_multiple
     rows = count * size - len(batch)
     columns = -batch.tokens.shape[1] % length_multiple
-    padded = {name: _pad(x, rows, columns if x.dim() == 2 else 0) for name, x in batch.tensors().items()}
+    padded = {name: _pad(x, rows, columns) for name, x in batch.tensors().items()}
     pieces = {name: x.split(size) for name, x in padded.items()}
     return [ExperienceBatch(**{name: parts[i] for name, parts in pieces.items()}) for i in range(count)]
 

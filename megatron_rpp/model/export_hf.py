@@ -7,18 +7,17 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_rpp.model.build import Model
 from megatron_rpp.model.hf_mapping import find_family
 from megatron_rpp.model.shards import ShardedParameter, sharded_parameters
-from megatron_rpp.parallel.collectives import gather_objects, gather_shards
+from megatron_rpp.parallel.collectives import gather_errors, gather_objects, gather_shards
 
 _COPIED = ("*.json", "*.model", "*.txt", "*.jinja")  # config and tokenizer files
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def hf_tensors(
@@ -44,42 +43,62 @@ def save_hf(model: Model, source: str, out: str) -> None:
 
     A collective over the whole job. Each stage of the first replica writes one safetensors file; the
     directory appears under its final name only when it is complete.
+
+    Raises OSError on every rank if any rank could not write.
     """
-    parallel, final = model.parallel, Path(out)
+    final = Path(out)
     partial = final.with_name(final.name + ".partial")
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    sizes: dict[str, int] = {}
+    _on_rank_0(lambda: _make_empty(partial))
+    files = _write_shards(model, partial)
+    _on_rank_0(lambda: _finish(model, Path(source), partial, final, files))
+
+
+def _write_shards(model: Model, folder: Path) -> list[tuple[str, list[str]]]:
+    """Write this stage's file; every rank's (file, tensor names)."""
+    parallel, names, error = model.parallel, [], None
     file_name = f"model-{parallel.pp_rank + 1:05d}-of-{parallel.pp_size:05d}.safetensors"
     if parallel.dp_rank == 0:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in hf_tensors(model)}
         if parallel.tp_rank == 0:
-            save_file(tensors, str(partial / file_name), metadata={"format": "pt"})
-            sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-    files = gather_objects((file_name, sizes))
+            try:
+                save_file(tensors, str(folder / file_name), metadata={"format": "pt"})
+                names = list(tensors)
+            except (OSError, SafetensorError) as caught:
+                error = f"{folder / file_name}: {caught}"
+    if failed := gather_errors(error):
+        raise OSError(failed)
+    return gather_objects((file_name, names))
+
+
+def _on_rank_0(action: Callable[[], None]) -> None:
+    error = None
     if dist.get_rank() == 0:
-        _write_index(partial, files)
-        _copy_side_files(Path(source), partial, model.hf.tied_embeddings, model.config.params_dtype)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-    dist.barrier()
+        try:
+            action()
+        except OSError as caught:
+            error = str(caught)
+    if failed := gather_errors(error):
+        raise OSError(failed)
 
 
-def _write_index(folder: Path, files: list[tuple[str, dict[str, int]]]) -> None:
-    weight_map = {name: file_name for file_name, sizes in files for name in sizes}
-    total = sum(size for _, sizes in files for size in sizes.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
-def _copy_side_files(source: Path, out: Path, tied: bool, dtype: torch.dtype) -> None:
-    for pattern in _COPIED:
-        for path in source.glob(pattern):
-            if path.name not in _WEIGHTS:
-                shutil.copy(path, out)
+def _finish(model: Model, source: Path, partial: Path, final: Path, files: list[tuple[str, list[str]]]) -> None:
+    """Index, config and tokenizer; then the final name. An older directory of that name goes last."""
+    weight_map = {name: file_name for file_name, names in files for name in names}
+    (partial / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}, indent=1))
+    for path in (path for pattern in _COPIED for path in source.glob(pattern)):
+        if not path.name.endswith(".index.json"):
+            shutil.copy(path, partial)
     config = json.loads((source / "config.json").read_text())
-    config["tie_word_embeddings"] = tied
-    config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
-    (out / "config.json").write_text(json.dumps(config, indent=2))
+    config["dtype" if "dtype" in config else "torch_dtype"] = str(model.config.params_dtype).removeprefix("torch.")
+    (partial / "config.json").write_text(json.dumps(config, indent=2))
+    old = final.with_name(final.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    shutil.rmtree(old, ignore_errors=True)

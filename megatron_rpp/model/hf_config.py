@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+_REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+
 
 @dataclass(frozen=True)
 class HFConfig:
@@ -34,6 +36,9 @@ def read_hf_config(model_path: str) -> HFConfig:
     sliding windows, activations other than SiLU.
     """
     raw = json.loads((Path(model_path) / "config.json").read_text())
+    for key in _REQUIRED:
+        if key not in raw:
+            raise ValueError(f"{model_path}/config.json lacks {key}")
     architecture = (raw.get("architectures") or ["?"])[0]
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     _refuse(model_path, "rope type", rope.get("rope_type", rope.get("type", "default")), "default")
@@ -43,14 +48,17 @@ def read_hf_config(model_path: str) -> HFConfig:
     _refuse(model_path, "attention_bias", bool(raw.get("attention_bias")) and not qkv_bias, False)
     _refuse(model_path, "mlp_bias", bool(raw.get("mlp_bias")), False)
     heads = raw["num_attention_heads"]
+    # What transformers assumes where config.json is silent.
+    kv_heads = heads if architecture == "LlamaForCausalLM" else 32
+    head_dim = 128 if architecture == "Qwen3ForCausalLM" else None
     return HFConfig(
         architecture=architecture,
         num_layers=raw["num_hidden_layers"],
         hidden_size=raw["hidden_size"],
         ffn_hidden_size=raw["intermediate_size"],
         num_attention_heads=heads,
-        num_query_groups=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        num_query_groups=raw.get("num_key_value_heads", kv_heads) or heads,
+        head_dim=raw.get("head_dim", head_dim) or raw["hidden_size"] // heads,
         vocab_size=raw["vocab_size"],
         norm_eps=raw.get("rms_norm_eps", 1e-6),
         rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),

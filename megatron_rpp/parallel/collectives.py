@@ -79,6 +79,12 @@ def gather_objects(value: T, group: ProcessGroup | None = None) -> list[T]:
     return values
 
 
+def gather_errors(error: str | None) -> str | None:
+    """What went wrong on any rank of the job, by rank; None where nothing did. Every rank must call it."""
+    found = [f"rank {rank}: {text}" for rank, text in enumerate(gather_objects(error)) if text]
+    return "; ".join(found) or None
+
+
 def gather_shards(shard: Tensor, group: ProcessGroup) -> list[Tensor]:
     """The equally shaped shards of every rank of `group`, in rank order."""
     if group.size() == 1:

@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from megatron_rpp import device
 from megatron_rpp.model.build import Model
 from megatron_rpp.model.export_hf import hf_tensors
-from megatron_rpp.parallel.collectives import gather_objects
+from megatron_rpp.parallel.collectives import gather_errors
 from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.weight_sync.export import Bucket, buckets
 from megatron_rpp.weight_sync.transport import Post, WeightSyncError
@@ -66,10 +66,9 @@ class BroadcastTransport:
         self._raise_any(error)
 
     def _raise_any(self, error: str | None) -> None:
-        errors = [f"rank {rank}: {text}" for rank, text in enumerate(gather_objects(error)) if text]
-        if errors:
+        if failed := gather_errors(error):
             self.close()
-            raise WeightSyncError("; ".join(errors))
+            raise WeightSyncError(failed)
 
     def _session(self, urls: Sequence[str], endpoint: str) -> None:
         """Open or close the update session that SGLang wants since 0.5.21; older servers answer 404."""

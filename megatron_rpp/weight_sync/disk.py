@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_rpp.model.build import Model
 from megatron_rpp.model.export_hf import save_hf
-from megatron_rpp.parallel.collectives import share
+from megatron_rpp.parallel.collectives import gather_errors
 from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.weight_sync.transport import Post, WeightSyncError
 
@@ -21,8 +21,11 @@ class DiskTransport:
         self._post, self._folder, self._source, self._deadline_s = post, folder.resolve(), source, deadline_s
 
     def send(self, policy: Model, urls: Sequence[str], version: int) -> None:
-        """Write, then load. Raises WeightSyncError on every rank if a server refused."""
-        save_hf(policy, self._source, str(self._folder))
+        """Write, then load. Raises WeightSyncError on every rank if writing failed or a server refused."""
+        try:
+            save_hf(policy, self._source, str(self._folder))
+        except OSError as failed:
+            raise WeightSyncError(str(failed)) from failed
         error = None
         if dist.get_rank() == 0:
             try:
@@ -31,9 +34,8 @@ class DiskTransport:
                     self._post(url, "update_weights_from_disk", payload, self._deadline_s)
             except RolloutError as caught:
                 error = str(caught)
-        error = share(dist.group.WORLD, error, source=0)  # type: ignore[arg-type]
-        if error is not None:
-            raise WeightSyncError(error)
+        if refused := gather_errors(error):
+            raise WeightSyncError(refused)
 
     def close(self) -> None:
         """Nothing is held between syncs."""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_rpp.experience.types import Prompt, Rollout
 from megatron_rpp.model.build import Model
-from megatron_rpp.parallel.collectives import from_replica_leader, gather_objects
+from megatron_rpp.parallel.collectives import from_replica_leader, gather_errors
 from megatron_rpp.rollout.fleet import ServerFleet
 from megatron_rpp.rollout.protocol import ProgressCallback, RolloutError, SamplingParams
 from megatron_rpp.rollout.sglang_client import SGLangClient
@@ -53,12 +53,12 @@ class SyncedRolloutEngine:
         mine = prompts[parallel.dp_rank :: parallel.dp_size]
         for attempt in range(self._max_retries + 1):
             rollouts, error = self._try_generate(mine, sampling, progress)
-            errors = [e for e in gather_objects(error) if e is not None]
-            if not errors:
+            failed = gather_errors(error)
+            if failed is None:
                 return rollouts
             if attempt < self._max_retries:
-                self._recover(errors[0])
-        raise RolloutError(f"sampling failed {self._max_retries + 1} times; the last error: {errors[0]}")
+                self._recover(failed)
+        raise RolloutError(f"sampling failed {self._max_retries + 1} times; the last error: {failed}")
 
     def sync(self, policy_version: int) -> None:
         """Bring every server to the policy's weights, under `policy_version`.
@@ -105,7 +105,6 @@ class SyncedRolloutEngine:
                     self._client.post(url, "update_weight_version", payload, self._deadline_s)
             except RolloutError as caught:
                 error = str(caught)
-        failed = gather_objects(error)[0]
-        if failed is not None:
+        if failed := gather_errors(error):
             raise WeightSyncError(failed)
         self.policy_version = version

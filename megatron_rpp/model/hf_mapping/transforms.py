@@ -27,7 +27,8 @@ class Shard:
 
     def of(self, full: Tensor) -> Tensor:
         """This rank's even share of `full` along `dim`."""
-        return full.chunk(self.tp_size, self.dim or 0)[self.tp_rank]
+        assert self.dim is not None
+        return full.chunk(self.tp_size, self.dim)[self.tp_rank]
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,7 @@ class Vocab:
 
     def split(self, hf: Sequence[Tensor], shard: Shard, model: HFConfig) -> Tensor:
         (full,) = hf
-        if full.shape[0] != model.vocab_size:
-            raise ValueError(f"{full.shape[0]} rows where config.json has vocab_size={model.vocab_size}")
+        _require_rows(hf, [model.vocab_size])
         padding = full.new_zeros(shard.rows * shard.tp_size - full.shape[0], full.shape[1])
         return shard.of(torch.cat([full, padding]))
 
@@ -62,6 +62,7 @@ class GateUp:
     """gate [F, H] and up [F, H]; each TP rank holds [its gate rows; its up rows]."""
 
     def split(self, hf: Sequence[Tensor], shard: Shard, model: HFConfig) -> Tensor:
+        _require_rows(hf, [model.ffn_hidden_size] * 2)
         return torch.cat([shard.of(part) for part in hf])
 
     def merge(self, shards: Sequence[Tensor], dim: int | None, model: HFConfig) -> list[Tensor]:
@@ -74,6 +75,8 @@ class QKV:
     """q, k and v (weights [rows, H] or biases [rows]), interleaved per query group: q q k v, q q k v, ..."""
 
     def split(self, hf: Sequence[Tensor], shard: Shard, model: HFConfig) -> Tensor:
+        keys = model.num_query_groups * model.head_dim
+        _require_rows(hf, [model.num_attention_heads * model.head_dim, keys, keys])
         per_group = [part.unflatten(0, (model.num_query_groups, -1)) for part in hf]
         return shard.of(torch.cat(per_group, dim=1)).flatten(0, 1)
 
@@ -82,6 +85,13 @@ class QKV:
         per_group = torch.cat(list(shards)).unflatten(0, (model.num_query_groups, -1))
         parts = per_group.split([queries, model.head_dim, model.head_dim], dim=1)
         return [part.flatten(0, 1) for part in parts]
+
+
+def _require_rows(hf: Sequence[Tensor], wanted: Sequence[int]) -> None:
+    """Wrong parts can add up to a right whole, so each is checked."""
+    found = [part.shape[0] for part in hf]
+    if found != list(wanted):
+        raise ValueError(f"{found} rows where config.json implies {list(wanted)}")
 
 
 Transform = Direct | Vocab | GateUp | QKV

@@ -79,13 +79,30 @@ def test_metrics_are_token_means_over_the_rollout_batch_not_means_of_minibatch_m
     assert stats["lr"] == 1e-3  # before the schedule moved on
 
 
-def test_a_minibatch_without_tokens_never_divides_by_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_minibatch_without_tokens_takes_no_optimizer_step(monkeypatch: pytest.MonkeyPatch) -> None:
     steps, stats = run(monkeypatch, [2, 2, 0, 0], batch_size=2)
-    assert steps.denominators == [4.0, 1.0]
+    assert steps.denominators == [4.0]
     assert stats["ratio/mean_all"] == 1.0
 
 
-@pytest.mark.xfail(strict=True, reason="0 / 1 reads as 'scoring and training disagree'")
+def test_a_batch_without_tokens_is_an_error_that_says_where_to_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="no response of this step has a token"):
+        run(monkeypatch, [0, 0], batch_size=2)
+
+
 def test_ratio_of_a_first_minibatch_without_tokens_is_not_reported_as_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     _, stats = run(monkeypatch, [0, 0, 2, 2], batch_size=2)
     assert stats["ratio/mean"] != 0.0
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_an_error(monkeypatch: pytest.MonkeyPatch, norm: float) -> None:
+    """Without a loss scaler `MegatronOptimizer.step` always returns True; only the norm tells."""
+    monkeypatch.setattr(module, "run_pipeline", lambda *_, **__: {"loss/total": torch.zeros(())})
+    monkeypatch.setattr(module, "sum_over", lambda _: lambda x: x)
+    megatron = SimpleNamespace(zero_grad=lambda: None, step=lambda: (True, norm, None))
+    optimizer: Any = SimpleNamespace(megatron=megatron, schedule=SimpleNamespace(step=lambda increment: None))
+    model: Any = SimpleNamespace(chunks=[], parallel=SimpleNamespace(dp_group=None))
+    head: Any = None
+    with pytest.raises(FloatingPointError):
+        module.optimizer_step(model, optimizer, make_batch([1]), head, 1)

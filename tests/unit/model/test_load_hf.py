@@ -23,7 +23,7 @@ PADDED_VOCAB = 20
 
 
 def module(mode: str | None, **shapes: tuple[int, ...]) -> nn.Module:
-    """A leaf whose parameters are NaN until loaded; `mode` is what Transformer Engine's linear layers call parallel_mode."""
+    """A leaf whose parameters are NaN until loaded; Transformer Engine's linear layers have a `parallel_mode`."""
     leaf = nn.Module()
     leaf.parallel_mode = mode
     for name, shape in shapes.items():
@@ -140,9 +140,6 @@ def test_a_missing_tensor_error_names_directory_and_tensor(tmp_path: Path) -> No
     assert str(path) in str(error.value) and name in str(error.value)
 
 
-NOT_CHECKED = pytest.mark.xfail(strict=True, reason="the HF shapes are not checked before split")
-
-
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize(
     ("name", "shape"),
@@ -151,11 +148,11 @@ NOT_CHECKED = pytest.mark.xfail(strict=True, reason="the HF shapes are not check
         ("model.layers.1.self_attn.o_proj.weight", (32, 30)),
         ("model.layers.1.mlp.down_proj.weight", (32, 50)),
         ("model.layers.1.mlp.up_proj.weight", (50, 32)),
-        pytest.param("model.layers.1.self_attn.q_proj.weight", (33, 32), marks=NOT_CHECKED),  # unflatten's own error
+        ("model.layers.1.self_attn.q_proj.weight", (33, 32)),  # unflatten's own error
         ("model.layers.1.self_attn.k_proj.weight", (18, 32)),
-        pytest.param("model.embed_tokens.weight", (24, 32), marks=NOT_CHECKED),  # new_zeros' own error
-        pytest.param("model.embed_tokens.weight", (12, 32), marks=NOT_CHECKED),  # zero rows for real tokens
-        pytest.param("lm_head.weight", (20, 32), marks=NOT_CHECKED),  # a row that config.json does not know
+        ("model.embed_tokens.weight", (24, 32)),  # new_zeros' own error
+        ("model.embed_tokens.weight", (12, 32)),  # zero rows for real tokens
+        ("lm_head.weight", (20, 32)),  # a row that config.json does not know
     ],
 )
 def test_a_wrong_shape_error_names_directory_and_tensor(
