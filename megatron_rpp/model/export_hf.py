@@ -89,7 +89,9 @@ def _make_empty(folder: Path) -> None:
 def _finish(model: Model, source: Path, partial: Path, final: Path, files: list[tuple[str, list[str]]]) -> None:
     """Index, config and tokenizer; then the final name. An older directory of that name goes last."""
     weight_map = {name: file_name for file_name, names in files for name in names}
-    (partial / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}, indent=1))
+    (partial / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1)
+    )
     for path in (path for pattern in _COPIED for path in source.glob(pattern)):
         if not path.name.endswith(".index.json"):
             shutil.copy(path, partial)

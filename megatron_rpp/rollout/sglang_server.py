@@ -24,7 +24,10 @@ from megatron_rpp.rollout.http import is_healthy
 from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.rollout.server_command import HOST, server_command, server_environment
 
-_PORT_ATTEMPTS = 3
+_START_ATTEMPTS = 3
+# Ends of a starting server that another attempt may avoid: its port was taken in between, or the machine
+# is so busy that the server's own call to itself after its warm-up timed out.
+_TRANSIENT = ("address already in use", "_freeze_gc_after_server_warmup")
 _TAIL_LINES = 30
 
 
@@ -132,11 +135,12 @@ class SGLangServer:
             )
 
     def _retry_or_raise(self) -> None:
-        """It died while starting: again if another process took one of its ports in between."""
+        """It died while starting: again if the reason may pass."""
         process, tail = self._process, self.log_tail()
+        is_transient = any(reason in self.log_tail(lines=200).lower() for reason in _TRANSIENT)
         assert process is not None, "wait_ready() before start()"
         self.stop()
-        if "address already in use" in tail.lower() and self._starts < _PORT_ATTEMPTS:
+        if is_transient and self._starts < _START_ATTEMPTS:
             self._spawn()
             return
         raise RolloutError(

@@ -29,8 +29,10 @@ MODEL = HFConfig(
 )
 
 
-def split_all(transform: Transform, hf: list[Tensor], dim: int | None, tp: int, rows: int = 0) -> list[Tensor]:
-    return [transform.split(hf, Shard(dim, rank, tp, rows), MODEL) for rank in range(tp)]
+def split_all(
+    transform: Transform, hf: list[Tensor], dim: int | None, tp: int, rows: int = 0, model: HFConfig = MODEL
+) -> list[Tensor]:
+    return [transform.split(hf, Shard(dim, rank, tp, rows), model) for rank in range(tp)]
 
 
 CASES = {
@@ -80,7 +82,8 @@ def test_qkv_keeps_the_rows_of_a_head_together() -> None:
 def test_gate_up_ranks_hold_their_gate_rows_then_their_up_rows() -> None:
     """Cutting the concatenation [gate; up] in two would give rank 0 the whole gate."""
     hf = [torch.tensor([[0.0], [1]]), torch.tensor([[10.0], [11]])]
-    assert [s.flatten().tolist() for s in split_all(GateUp(), hf, 0, 2)] == [[0, 10], [1, 11]]
+    model = replace(MODEL, ffn_hidden_size=2)
+    assert [s.flatten().tolist() for s in split_all(GateUp(), hf, 0, 2, model=model)] == [[0, 10], [1, 11]]
 
 
 def test_vocab_pads_with_zero_rows_at_the_end_only() -> None:

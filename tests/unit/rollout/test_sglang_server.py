@@ -29,19 +29,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
-LOSES_ITS_PORT_ONCE = """
+DIES_ONCE = """
 import pathlib, sys
 mark = pathlib.Path(sys.argv[2])
 if not mark.exists():
     mark.touch()
-    sys.exit("[Errno 98] Address already in use")
+    sys.exit(sys.argv[3])
 """
 
 
 @contextmanager
-def fake(program: str, tmp_path: Path, port: int = 0) -> Iterator[SGLangServer]:
+def fake(program: str, tmp_path: Path, port: int = 0, last_words: str = "") -> Iterator[SGLangServer]:
     def command(chosen: int) -> list[str]:
-        return [sys.executable, "-c", program, str(chosen), str(tmp_path / "mark")]
+        return [sys.executable, "-c", program, str(chosen), str(tmp_path / "mark"), last_words]
 
     log_path = tmp_path / "logs" / "sglang.txt"
     server = SGLangServer("", RolloutConfig(port=port), dtype="float32", log_path=log_path, command=command)
@@ -77,12 +77,17 @@ def test_a_server_that_never_answers_is_stopped_at_the_deadline(tmp_path: Path) 
         assert pid is not None and not psutil.pid_exists(pid)
 
 
-def test_a_port_lost_to_another_process_is_replaced(tmp_path: Path) -> None:
-    with fake(LOSES_ITS_PORT_ONCE + ANSWERS, tmp_path) as server:
+@pytest.mark.parametrize(
+    "last_words",
+    ["[Errno 98] Address already in use", "in _freeze_gc_after_server_warmup\n" + "at requests\n" * 60],
+    ids=["port_taken", "busy_machine"],
+)
+def test_a_death_that_another_attempt_may_avoid_gets_one(tmp_path: Path, last_words: str) -> None:
+    with fake(DIES_ONCE + ANSWERS, tmp_path, last_words=last_words) as server:
         server.start()
         server.wait_ready(20)
         assert server.is_alive()
-        assert "Address already in use" not in server.log_tail(), "the tail is of the present process"
+        assert last_words not in server.log_tail(), "the tail is of the present process"
 
 
 def test_stop_ends_the_children_too_and_the_server_can_start_again(tmp_path: Path) -> None:
