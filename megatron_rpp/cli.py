@@ -19,12 +19,13 @@ from typing import Literal, cast
 
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.load import describe, load_config
-from megatron_rpp.config.preflight import check_host
+from megatron_rpp.config.preflight import check_host, make_folders
 from megatron_rpp.config.schema import Config
 from megatron_rpp.config.validate import template_names, validate
 from megatron_rpp.parallel.local_launch import ERROR_PREFIX, USER_ERROR, launch_local
 
 INTERRUPTED = 130
+_SERVER_ERRORS = ("RolloutError", "WeightSyncError")  # by name: their modules import torch
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def _check(arguments: Arguments, config: Config, rank: int) -> None:
     _check_lines(config, arguments.command)
     if arguments.command == "train" and rank == 0:  # the server and the metrics are rank 0's
         check_host(config, resume=arguments.resume)
+    make_folders(config, arguments.command)
 
 
 def _check_lines(config: Config, command: str) -> None:
@@ -107,13 +109,13 @@ def _run_rank(arguments: Arguments, config: Config, env: Mapping[str, str]) -> i
     """One rank of the job: the user's mistake becomes one line from rank 0, ours a traceback."""
     import traceback
 
-    from megatron_rpp.observability.logs import append_log, setup_logging, stderr_is_log
+    from megatron_rpp.observability.logs import append_log, log_path, setup_logging, stderr_is_log
     from megatron_rpp.parallel.rank_process import exit_on_sigterm
 
     rank = int(env.get("RANK", "0"))
     exit_on_sigterm()
     try:
-        _check_world_size(config, int(env["WORLD_SIZE"]))
+        _check_world_size(config, env)
         _check(arguments, config, rank)
         setup_logging(config.run.dir, rank)
         _call(arguments, config)
@@ -122,20 +124,30 @@ def _run_rank(arguments: Arguments, config: Config, env: Mapping[str, str]) -> i
         return _user_error(error)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except Exception:
+    except Exception as error:
         append_log(config.run.dir, rank, traceback.format_exc())
+        if type(error).__name__ in _SERVER_ERRORS:  # says by itself what happened
+            if rank == 0:
+                sys.stderr.write(f"{ERROR_PREFIX}{error}\nrpp: the traceback is in {log_path(config.run.dir, rank)}\n")
+            return 1
         if not stderr_is_log(config.run.dir, rank):
             sys.stderr.write(traceback.format_exc())
         return 1
     return 0
 
 
-def _check_world_size(config: Config, world_size: int) -> None:
+def _check_world_size(config: Config, env: Mapping[str, str]) -> None:
+    world_size = int(env["WORLD_SIZE"])
     tensor, pipeline, data = config.parallel.tensor, config.parallel.pipeline, config.parallel.data
     if world_size != tensor * pipeline * data:
         raise ConfigError(
             f"parallel.tensor={tensor} x parallel.pipeline={pipeline} x parallel.data={data} must equal "
             f"the number of ranks in the job, {world_size}"
+        )
+    if int(env.get("LOCAL_WORLD_SIZE", world_size)) != world_size and not config.rollout.urls:
+        raise ConfigError(
+            "rollout.urls is not set, and the server that rank 0 would spawn is out of reach for the job's other "
+            "hosts; start SGLang servers and pass their addresses in rollout.urls"
         )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_rpp.checkpoint.manager import latest_checkpoint, load_checkpoint, save_checkpoint
 from megatron_rpp.checkpoint.run_state import RunState
+from megatron_rpp.config.hf_config import read_hf_config
 from megatron_rpp.config.load import dump_toml
 from megatron_rpp.config.schema import Config
 from megatron_rpp.data.prompts import PromptSource, load_prompts
@@ -76,10 +77,11 @@ def open_session(config: Config, *, resume: bool) -> Iterator[Session]:
 
     Raises ValueError for what only the data, the tokenizer or the ranks can tell.
     """
-    parallel = bootstrap.initialize(config.parallel, config.run.seed)
+    parallel = bootstrap.initialize(config.parallel, config.run.seed, longest_wait_s(config))
     with ExitStack() as stack:
         stack.callback(bootstrap.shutdown)
         tokenizer = load_tokenizer(config.model.path)
+        _check_vocabulary(config, tokenizer)
         prompts, eval_prompts = _prompts(config, tokenizer)
         prompt_source = PromptSource(prompts, config.rollout.num_prompts, config.run.seed)
         reward = build_reward(config.reward, config.data.train)
@@ -114,6 +116,21 @@ def open_session(config: Config, *, resume: bool) -> Iterator[Session]:
             config, parallel, tokenizer, prompt_source, eval_prompts, reward, eval_reward, policy, reference,
             optimizer, engine, reporter, first_step, Timers(),
         )  # fmt: skip
+
+
+def longest_wait_s(config: Config) -> float:
+    """The longest that ranks may have to wait for one that talks to a server."""
+    rollout, sync = config.rollout, config.weight_sync
+    return max(rollout.request_deadline_s, rollout.startup_deadline_s, sync.deadline_s)
+
+
+def _check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
+    rows = read_hf_config(config.model.path).vocab_size
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"model.path={config.model.path}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size "
+            f"is {rows}; use the tokenizer that belongs to the model"
+        )
 
 
 def total_optimizer_steps(config: Config) -> int:

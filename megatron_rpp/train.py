@@ -43,10 +43,10 @@ def train_on_one_batch(s: Session, step: int) -> None:
             s.rollout_engine.sync(policy_version=step + 1)
     if is_due(step, s.config.eval.interval, s.config.run.steps):
         evals = evals or evaluate(s)
-    if is_due(step, s.config.checkpoint.interval, s.config.run.steps):
-        s.save(step + 1)
     metrics = step_metrics(s, batch, rollouts, {**advantage_stats, **train_stats, **evals})
     s.reporter.step(step, metrics, rollouts, rewards)
+    if is_due(step, s.config.checkpoint.interval, s.config.run.steps):
+        s.save(step + 1)  # after its metrics, which a resumed run does not write again
 
 
 def is_due(step: int, interval: int, steps: int) -> bool:

@@ -12,13 +12,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.checkpoint.torch_adam import allocate_state, load_state
 from megatron_rpp.engine.optimizer import Optimizer
 from megatron_rpp.model.build import Model
+from megatron_rpp.model.export_hf import make_empty
+from megatron_rpp.parallel.collectives import on_rank_0
 
 _STEP = re.compile(r"step-(\d+)")
 # The default sharding of the distributed optimizer cannot be resharded by dist_checkpointing.
@@ -32,21 +33,23 @@ def latest_checkpoint(run_dir: str | Path) -> Path | None:
 
 
 def save_checkpoint(run_dir: str | Path, policy: Model, optimizer: Optimizer, state: RunState, keep: int) -> Path:
-    """Write the checkpoint of `state.step` and drop all but the newest `keep`. A collective over the whole job."""
+    """Write the checkpoint of `state.step` and drop all but the newest `keep`. A collective over the whole job.
+
+    Raises OSError on every rank where rank 0 could not write.
+    """
     final = _folder(Path(run_dir)) / f"step-{state.step:06d}"
     partial = final.with_suffix(".partial")
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
+    on_rank_0(lambda: make_empty(partial))
     dist_checkpointing.save(_sharded(policy, optimizer, is_loading=False), str(partial))
-    if dist.get_rank() == 0:
+
+    def finish() -> None:
         (partial / "run_state.json").write_text(json.dumps(state.to_json(), indent=1))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in _complete(Path(run_dir))[:-keep]:
             shutil.rmtree(old)
-    dist.barrier()
+
+    on_rank_0(finish)
     return final
 
 

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.schema import Config
+
+
+def make_folders(config: Config, command: str) -> None:
+    """The folders that the command writes to exist and can be written. Raises ConfigError."""
+    keys = {"run.dir": Path(config.run.dir)}
+    if command == "sft":
+        keys["sft.output"] = Path(config.sft.output).parent
+    for key, folder in keys.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{key}: cannot make the directory {folder}: {error.strerror}") from error
+        if not os.access(folder, os.W_OK):
+            raise ConfigError(f"{key}: the directory {folder} cannot be written; choose another")
 
 
 def check_host(config: Config, *, resume: bool) -> None:

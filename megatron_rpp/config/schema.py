@@ -94,11 +94,11 @@ class RolloutConfig:
     port: int = 0
     """Port of the spawned server on loopback; 0 takes a free one."""
     server_tensor: int = 1
-    """Tensor-parallel size of the spawned server."""
+    """Tensor-parallel size of each server, spawned or attached."""
     server_args: tuple[str, ...] = ()
     """More arguments for `sglang.launch_server`, as on its command line."""
     max_total_tokens: int = 20_000
-    """KV-cache size of the spawned server, in tokens (CPU only; a GPU server sizes its own)."""
+    """KV-cache size of the spawned server, in tokens, if context_length is not larger (CPU only)."""
     startup_deadline_s: float = 300.0
     """A spawned server must be healthy within this time."""
     request_deadline_s: float = 600.0
@@ -207,7 +207,7 @@ class WeightSyncConfig:
     bucket_mb: int = 256
     """Size of one bucket of gathered weights."""
     deadline_s: float = 300.0
-    """One sync must end within this time."""
+    """One attempt at a sync must end within this time."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class EvalConfig:
     """Held-out accuracy during training."""
 
     interval: int = 10
-    """Steps between evaluations; the first and the last step are always evaluated. 0: never."""
+    """Steps between evaluations; also before the first (written with step 0) and after the last. 0: never."""
     num_prompts: int = 256
     """Prompts of one evaluation."""
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import string
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_rpp.config.errors import ConfigError
+from megatron_rpp.config.hf_config import read_hf_config
 from megatron_rpp.config.models import check_split, read_model_config
 from megatron_rpp.config.ranges import check_ranges
 from megatron_rpp.config.schema import Config, SourceConfig
@@ -29,7 +31,10 @@ def validate(config: Config, command: Command) -> None:
         _check_sft(config)
         return
     model = read_model_config("model.path", config.model.path)
+    read_hf_config(config.model.path)  # refuses what the engine does not run
     check_split(config.parallel, model)
+    if config.reward.correct == config.reward.wrong:
+        raise ConfigError(f"reward.correct={config.reward.correct} must differ from reward.wrong")
     _check_batches(config)
     _check_lengths(config, model)
     _check_server(config, model)
@@ -51,6 +56,7 @@ def template_names(template: str) -> list[str]:
 def _check_sft(config: Config) -> None:
     sft = config.sft
     check_split(config.parallel, read_model_config("sft.init", sft.init))
+    read_hf_config(sft.init)
     _require_file("sft.data", sft.data)
     if not sft.output:
         raise ConfigError("sft.output is not set; pass --sft.output=DIRECTORY for the trained model")
@@ -97,6 +103,8 @@ def _check_sources(config: Config) -> None:
     _check_source("data.train", config.data.train, config.reward.kind)
     if config.data.eval.is_set and config.eval.interval:
         _check_source("data.eval", config.data.eval, config.reward.kind)
+        if replace(config.data.train, size=0) == replace(config.data.eval, size=0):
+            raise ConfigError("data.eval must differ from data.train, in its path, task or seed: it is held out")
 
 
 def _check_source(key: str, source: SourceConfig, reward_kind: str) -> None:

@@ -72,4 +72,7 @@ def _schedule(
         end_wd=config.weight_decay,
         wd_incr_steps=total_steps,
         wd_incr_style="constant",
+        # A resumed run follows its own configuration; only the step count comes from the checkpoint.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

@@ -37,7 +37,7 @@ class Rollout:
     response_ids: tuple[int, ...]
     rollout_logprobs: tuple[float, ...]  # the engine's, one a response token
     text: str  # the response, decoded, without special tokens
-    finish_reason: str  # stop | length | abort
+    finish_reason: str  # stop | length
     policy_version: int  # of the weights that sampled it
 
     def __post_init__(self) -> None:

@@ -11,8 +11,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rpp import device
+from megatron_rpp.config.hf_config import HFConfig, read_hf_config
 from megatron_rpp.config.schema import Config
-from megatron_rpp.model.hf_config import HFConfig, read_hf_config
 from megatron_rpp.model.layer_spec import block_spec, resolve_layer_spec
 from megatron_rpp.model.load_hf import load_hf_weights
 from megatron_rpp.parallel.context import ParallelContext

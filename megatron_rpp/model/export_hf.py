@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from megatron_rpp.model.build import Model
 from megatron_rpp.model.hf_mapping import find_family
 from megatron_rpp.model.shards import ShardedParameter, sharded_parameters
-from megatron_rpp.parallel.collectives import gather_errors, gather_objects, gather_shards
+from megatron_rpp.parallel.collectives import gather_errors, gather_objects, gather_shards, on_rank_0
 
 _COPIED = ("*.json", "*.model", "*.txt", "*.jinja")  # config and tokenizer files
 
@@ -48,9 +47,9 @@ def save_hf(model: Model, source: str, out: str) -> None:
     """
     final = Path(out)
     partial = final.with_name(final.name + ".partial")
-    _on_rank_0(lambda: _make_empty(partial))
+    on_rank_0(lambda: make_empty(partial))
     files = _write_shards(model, partial)
-    _on_rank_0(lambda: _finish(model, Path(source), partial, final, files))
+    on_rank_0(lambda: _finish(model, Path(source), partial, final, files))
 
 
 def _write_shards(model: Model, folder: Path) -> list[tuple[str, list[str]]]:
@@ -70,18 +69,8 @@ def _write_shards(model: Model, folder: Path) -> list[tuple[str, list[str]]]:
     return gather_objects((file_name, names))
 
 
-def _on_rank_0(action: Callable[[], None]) -> None:
-    error = None
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except OSError as caught:
-            error = str(caught)
-    if failed := gather_errors(error):
-        raise OSError(failed)
-
-
-def _make_empty(folder: Path) -> None:
+def make_empty(folder: Path) -> None:
+    """Make `folder` anew, with nothing in it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 

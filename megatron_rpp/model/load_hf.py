@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_rpp.model.hf_config import HFConfig
+from megatron_rpp.config.hf_config import HFConfig
 from megatron_rpp.model.hf_mapping import find_family
 from megatron_rpp.model.hf_mapping.transforms import Shard
 from megatron_rpp.model.shards import sharded_parameters

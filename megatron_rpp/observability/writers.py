@@ -10,10 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_rpp.observability.rollouts import write_rollouts
-
-__all__ = ["MetricsWriter", "metrics_path", "read_metrics", "write_rollouts"]
-
 
 def metrics_path(run_dir: str | Path) -> Path:
     """One JSON object a step."""

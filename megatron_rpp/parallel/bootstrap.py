@@ -14,23 +14,19 @@ from megatron_rpp.parallel.context import ParallelContext
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
-def initialize(config: ParallelConfig, seed: int) -> ParallelContext:
+def initialize(config: ParallelConfig, seed: int, longest_wait_s: float = 0.0) -> ParallelContext:
     """Join the job, build Megatron's process groups and seed its generators.
 
     Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; the local launcher also passes its listening
-    socket in RPP_MASTER_LISTEN_FD, so that no other process can take the port first.
-    Raises ValueError where the world size is not tensor x pipeline x data.
+    socket in RPP_MASTER_LISTEN_FD, so that no other process can take the port first. The ranks may wait
+    `longest_wait_s` for one of them (that samples, say) and a while longer before a collective gives up.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    wanted = config.tensor * config.pipeline * config.data
-    if world_size != wanted:
-        raise ValueError(
-            f"the job has {world_size} ranks, but parallel.tensor={config.tensor} x "
-            f"parallel.pipeline={config.pipeline} x parallel.data={config.data} needs {wanted}"
-        )
+    assert world_size == config.tensor * config.pipeline * config.data, "cli checks it for the user"
+    timeout = COLLECTIVE_TIMEOUT + timedelta(seconds=longest_wait_s)
     device.select()
     dist.init_process_group(
-        device.backend(), store=_store(rank, world_size), rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+        device.backend(), store=_store(rank, world_size), rank=rank, world_size=world_size, timeout=timeout
     )
     return _megatron_groups(config, seed)
 

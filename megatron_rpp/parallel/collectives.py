@@ -26,12 +26,6 @@ def sum_over(group: ProcessGroup) -> Callable[[Tensor], Tensor]:
     return reduce
 
 
-def from_last_stage(parallel: ParallelContext, compute: Callable[[], T]) -> T:
-    """Run `compute` on the last pipeline stage only and return its result on every stage."""
-    result = compute() if parallel.is_last_stage else None
-    return share(parallel.pp_group, result, source=parallel.pp_size - 1)
-
-
 def from_replica_leader(parallel: ParallelContext, compute: Callable[[], T]) -> T:
     """Run `compute` on each replica's first rank and return its result on the whole replica.
 
@@ -83,6 +77,18 @@ def gather_errors(error: str | None) -> str | None:
     """What went wrong on any rank of the job, by rank; None where nothing did. Every rank must call it."""
     found = [f"rank {rank}: {text}" for rank, text in enumerate(gather_objects(error)) if text]
     return "; ".join(found) or None
+
+
+def on_rank_0(action: Callable[[], None]) -> None:
+    """Run `action` on rank 0 while the others wait. An OSError there is raised on every rank."""
+    error = None
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as caught:
+            error = str(caught)
+    if failed := gather_errors(error):
+        raise OSError(failed)
 
 
 def gather_shards(shard: Tensor, group: ProcessGroup) -> list[Tensor]:

@@ -30,7 +30,7 @@ SETTLE_S = 1.0
 """Once a rank has failed, another may be about to tell the user why; it has this long."""
 LINES_SHOWN = 20
 INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+FORWARDED = (signal.SIGINT, signal.SIGTERM)
 
 
 def launch_local(argv: Sequence[str], world_size: int, run_dir: str | Path) -> int:

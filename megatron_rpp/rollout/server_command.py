@@ -39,7 +39,7 @@ def server_command(model_path: str, rollout: RolloutConfig, dtype: str, device: 
     ]
     if device == "cpu":
         # Without a limit the KV cache takes all memory.
-        command += [*_CPU_FLAGS, "--max-total-tokens", str(rollout.max_total_tokens)]
+        command += [*_CPU_FLAGS, "--max-total-tokens", str(max(rollout.max_total_tokens, rollout.context_length))]
     return [*command, *rollout.server_args]
 
 

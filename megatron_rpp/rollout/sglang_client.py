@@ -84,7 +84,7 @@ class SGLangClient(RolloutEngine):
             url = self.urls[(index + attempt) % len(self.urls)]
             try:
                 samples = await _request(session, url, payload)
-            except (aiohttp.ClientError, OSError, HttpFailure) as error:
+            except (aiohttp.ClientError, OSError, HttpFailure, ValueError) as error:
                 cause = f"{url}/generate: {str(error) or type(error).__name__}"
                 if isinstance(error, HttpFailure) and not error.is_transient:
                     raise RolloutError(cause) from error
@@ -107,21 +107,24 @@ class SGLangClient(RolloutEngine):
         """Drop the prefix cache, which belongs to the old weights; the server refuses while requests run."""
         self.post(url, "flush_cache", {}, timeout_s)
 
-    def pause_generation(self, url: str, mode: str = "retract", timeout_s: float = 30.0) -> None:
-        """Stop sampling; `retract` keeps the requests; their KV cache is recomputed afterwards."""
-        self.post(url, "pause_generation", {"mode": mode}, timeout_s)
-
-    def continue_generation(self, url: str, timeout_s: float = 30.0) -> None:
-        """Go on after `pause_generation`."""
-        self.post(url, "continue_generation", {}, timeout_s)
-
 
 async def _request(session: aiohttp.ClientSession, url: str, payload: dict[str, Any]) -> list[dict[str, Any]]:
     async with session.post(f"{url.rstrip('/')}/generate", json=payload) as response:
         if response.status != 200:
             raise HttpFailure(response.status, reply_message(await response.text()))
         reply = await response.json(content_type=None)
-    return reply if isinstance(reply, list) else [reply]
+    samples = reply if isinstance(reply, list) else [reply]
+    for sample in samples:
+        finish = sample["meta_info"]["finish_reason"]["type"] if _is_sample(sample) else "no sample"
+        if finish not in ("stop", "length"):
+            raise ValueError(f"a response that did not end by itself: {finish}: {str(sample)[:200]}")
+    return samples
+
+
+def _is_sample(sample: Any) -> bool:
+    """It has what `to_rollout` reads."""
+    meta = sample.get("meta_info") if isinstance(sample, dict) else None
+    return isinstance(meta, dict) and "output_token_logprobs" in meta and bool(meta.get("finish_reason"))
 
 
 def generate_payloads(prompts: Sequence[Prompt], sampling: SamplingParams, context_length: int) -> list[dict[str, Any]]:
@@ -178,15 +181,9 @@ def to_rollout(
         response_ids=ids,
         rollout_logprobs=tuple(float(entry[0]) for entry in entries),
         text=decode(ids[:-1] if is_stopped else ids),
-        finish_reason=_finish_reason(meta["finish_reason"]),
+        finish_reason=meta["finish_reason"]["type"],
         policy_version=parse_version(meta.get("weight_version")),
     )
-
-
-def _finish_reason(reason: dict[str, Any] | None) -> str:
-    """stop, length or abort; anything else that SGLang may say is an incomplete response."""
-    kind = (reason or {}).get("type")
-    return kind if kind in ("stop", "length") else "abort"
 
 
 def parse_version(weight_version: str | None) -> int:

@@ -166,10 +166,6 @@ def _claim_port(wanted: int) -> int:
         return int(probe.getsockname()[1])
 
 
-def _under_this_process() -> list[str]:
-    return [sys.executable, "-S", die_with_parent.__file__, str(os.getpid())]
-
-
 def _wait_for_group(group: int, timeout_s: float = 10.0) -> None:
     """Until no process of the group runs; a zombie that its new parent has not reaped counts as gone."""
     end = time.monotonic() + timeout_s

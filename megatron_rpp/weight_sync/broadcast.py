@@ -34,16 +34,23 @@ class BroadcastTransport:
         self._group: ProcessGroup | None = None
         self._group_name = ""
         self._urls: tuple[str, ...] = ()
+        self._end = 0.0  # of the sync under way, by time.monotonic()
         self._generation = 0  # a torn-down group's name is never used again
 
-    def send(self, policy: Model, urls: Sequence[str], version: int) -> None:
+    def send(self, policy: Model, urls: Sequence[str]) -> None:
         """Send every tensor of `policy` to every server. Raises WeightSyncError on every rank if any rank failed."""
-        is_coordinator = dist.get_rank() == 0
-        self._step(is_coordinator, lambda: self._session(urls, "begin_weight_update"))
-        for stage in range(policy.parallel.pp_size):
-            error = self._send_stage(policy, urls) if self._is_my_turn(policy, stage) else None
-            self._raise_any(error)
-        self._step(is_coordinator, lambda: self._session(urls, "end_weight_update"))
+        self._end = time.monotonic() + self._deadline_s
+        try:
+            self._session(urls, "begin_weight_update")
+            for stage in range(policy.parallel.pp_size):
+                error = self._send_stage(policy, urls) if self._is_my_turn(policy, stage) else None
+                _raise_any(error)
+            self._session(urls, "end_weight_update")
+        except WeightSyncError:
+            self.close()
+            with suppress(WeightSyncError):  # a server that keeps its session open would refuse the next begin
+                self._session(urls, "end_weight_update")
+            raise
 
     def close(self) -> None:
         """Forget the group; the servers' side ends with it. The next `send` makes a new one."""
@@ -56,28 +63,20 @@ class BroadcastTransport:
     def _is_my_turn(policy: Model, stage: int) -> bool:
         return policy.parallel.pp_rank == stage and policy.parallel.dp_rank == 0
 
-    def _step(self, mine: bool, action: object) -> None:
-        error = None
-        if mine:
-            try:
-                action()  # type: ignore[operator]
-            except (RolloutError, RuntimeError) as caught:
-                error = str(caught)
-        self._raise_any(error)
-
-    def _raise_any(self, error: str | None) -> None:
-        if failed := gather_errors(error):
-            self.close()
-            raise WeightSyncError(failed)
+    def _left_s(self) -> float:
+        """Seconds until this sync must have ended."""
+        return max(self._end - time.monotonic(), 0.1)
 
     def _session(self, urls: Sequence[str], endpoint: str) -> None:
-        """Open or close the update session that SGLang wants since 0.5.21; older servers answer 404."""
-        for url in urls:
+        """Rank 0 opens or closes the update session that SGLang wants since 0.5.21; older servers answer 404."""
+        error = None
+        for url in urls if dist.get_rank() == 0 else ():
             try:
-                self._post(url, endpoint, {}, self._deadline_s)
-            except RolloutError as error:
-                if "404" not in str(error):
-                    raise
+                self._post(url, endpoint, {}, self._left_s())
+            except RolloutError as caught:
+                if "HTTP 404" not in str(caught):
+                    error = str(caught)
+        _raise_any(error)
 
     def _send_stage(self, policy: Model, urls: Sequence[str]) -> str | None:
         """This stage's buckets. After an error the TP gathers still run to their end, so that no rank waits."""
@@ -103,17 +102,18 @@ class BroadcastTransport:
         self._group_name = f"rpp-stage{policy.parallel.pp_rank}-{self._generation}-{time.time_ns()}"
         world_size = 1 + len(urls) * self._server_tp
         host = _address_seen_by(urls[0])
-        timeout = timedelta(seconds=self._deadline_s)
+        timeout = timedelta(seconds=self._left_s())
         store = dist.TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False, timeout=timeout)
-        with ThreadPoolExecutor(len(urls)) as pool:
-            joins = [
-                pool.submit(self._join_server, url, host, store.port, 1 + i * self._server_tp, world_size)
-                for i, url in enumerate(urls)
-            ]
-            self._group = _join_as_sender(store, world_size, self._group_name, timeout)
-            for join in joins:
-                join.result()
-        self._urls = tuple(urls)
+        pool = ThreadPoolExecutor(len(urls) + 1)
+        joins = [
+            pool.submit(self._join_server, url, host, store.port, 1 + i * self._server_tp, world_size)
+            for i, url in enumerate(urls)
+        ]
+        group = pool.submit(_join_as_sender, store, world_size, self._group_name, timeout)
+        pool.shutdown(wait=False)  # if a server refuses, the sender's join is left to its own timeout
+        for join in joins:
+            join.result()
+        self._group, self._urls = group.result(), tuple(urls)
 
     def _join_server(self, url: str, host: str, port: int, rank_offset: int, world_size: int) -> None:
         payload: dict[str, object] = {
@@ -124,7 +124,7 @@ class BroadcastTransport:
             "group_name": self._group_name,
             "backend": device.backend(),
         }
-        self._post(url, "init_weights_update_group", payload, self._deadline_s)
+        self._post(url, "init_weights_update_group", payload, self._left_s())
 
     def _send_bucket(self, bucket: Bucket, urls: Sequence[str]) -> None:
         payload: dict[str, object] = {
@@ -137,13 +137,18 @@ class BroadcastTransport:
         }
         with ThreadPoolExecutor(len(urls)) as pool:
             replies = [
-                pool.submit(self._post, url, "update_weights_from_distributed", payload, self._deadline_s)
-                for url in urls
+                pool.submit(self._post, url, "update_weights_from_distributed", payload, self._left_s()) for url in urls
             ]
             work = dist.broadcast(bucket.flat, src=0, group=self._group, async_op=True)
             _wait(work, replies)
             for reply in replies:
                 reply.result()
+
+
+def _raise_any(error: str | None) -> None:
+    """Raise on every rank what went wrong on any."""
+    if failed := gather_errors(error):
+        raise WeightSyncError(failed)
 
 
 def _wait(work: dist.Work, replies: Sequence[Future[dict[str, object]]]) -> None:

@@ -20,7 +20,7 @@ class DiskTransport:
     def __init__(self, post: Post, *, folder: Path, source: str, deadline_s: float) -> None:
         self._post, self._folder, self._source, self._deadline_s = post, folder.resolve(), source, deadline_s
 
-    def send(self, policy: Model, urls: Sequence[str], version: int) -> None:
+    def send(self, policy: Model, urls: Sequence[str]) -> None:
         """Write, then load. Raises WeightSyncError on every rank if writing failed or a server refused."""
         try:
             save_hf(policy, self._source, str(self._folder))

@@ -95,7 +95,7 @@ class SyncedRolloutEngine:
         self.sync(self.policy_version)
 
     def _sync_once(self, version: int) -> None:
-        self._transport.send(self._policy, self._client.urls, version)
+        self._transport.send(self._policy, self._client.urls)
         error = None
         if dist.get_rank() == 0:
             try:

@@ -1,4 +1,4 @@
-"""What a transport does: carry the policy's weights into every server, under one version."""
+"""What a transport does: carry the policy's weights into every server."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ class WeightSyncError(RuntimeError):
 class Transport(Protocol):
     """A collective over the whole job; every rank calls it and every rank raises if any failed."""
 
-    def send(self, policy: Model, urls: Sequence[str], version: int) -> None: ...
+    def send(self, policy: Model, urls: Sequence[str]) -> None: ...
 
     def close(self) -> None: ...

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.distributed.layouts import LAYOUTS, run_on
 from tests.support.tiny_models import save_tiny
 
-SAVED_ON = ("dp2_distributed_optimizer", "tp2_pp2")
+SAVED_ON = ("dp2_distributed_optimizer", "tp2_pp2", "pp2_vpp2")
 
 
 def _run(root: Path, layout: str, action: str, run_dir: Path) -> dict[str, Tensor]:

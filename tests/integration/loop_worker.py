@@ -29,6 +29,7 @@ def main() -> None:
     with open_session(config, resume=False) as opened:
         session = replace(opened, reward=DigitReward())
         before = greedy(session)
+        leave_update_session_open(session)
         train_on_one_batch(session, 0)
         kill = KillServerOnce() if session.parallel.rank == 0 else None
         if kill is not None:
@@ -39,6 +40,13 @@ def main() -> None:
         if kill is not None:
             result = {"before": before, "after": after, "killed": kill.pid, "server_pids": server_pids()}
             (out / "result.json").write_text(json.dumps(result))
+
+
+def leave_update_session_open(session: Session) -> None:
+    """As a trainer does that is killed in the middle of a sync."""
+    if session.parallel.rank == 0:
+        client = session.rollout_engine._client
+        client.post(client.urls[0], "begin_weight_update", {}, 30.0)
 
 
 def greedy(session: Session) -> list[list[int]]:

@@ -22,6 +22,7 @@ def rpp_train(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]
 @pytest.fixture
 def config(tiny_model_dir: Path, tmp_path: Path) -> Path:
     write_problems(tmp_path / "problems.jsonl", 40)
+    write_problems(tmp_path / "eval.jsonl", 6)
     write_config(tmp_path / "run.toml", tiny_model_dir, tmp_path / "run", tmp_path / "problems.jsonl")
     return tmp_path / "run.toml"
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_rpp.observability.rollouts import rollouts_path
 from megatron_rpp.observability.writers import read_metrics
 from megatron_rpp.parallel.local_launch import launch_local
 
@@ -45,7 +46,7 @@ eval = {{ num_prompts = 6 }}
 checkpoint = {{ interval = 1, keep = 1 }}
 [data]
 train = {{ kind = "jsonl", path = "{problems}", size = 40 }}
-eval = {{ kind = "jsonl", path = "{problems}", size = 6 }}
+eval = {{ kind = "jsonl", path = "{problems.with_name("eval.jsonl")}" }}
 """
     )
 
@@ -55,6 +56,7 @@ def run(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """Two steps; the server is killed while it samples the second."""
     root = tmp_path_factory.mktemp("loop")
     write_problems(root / "problems.jsonl", 40)
+    write_problems(root / "eval.jsonl", 6)
     write_config(root / "run.toml", tiny_model_dir, root / "run", root / "problems.jsonl")
     argv = [sys.executable, "-m", "tests.integration.loop_worker", str(root / "run.toml"), str(root)]
     assert launch_local(argv, 2, root / "run") == 0
@@ -86,6 +88,12 @@ def test_killed_server_is_restarted_with_the_current_weights(run: dict[str, Any]
     assert second["policy_version"] == 1
     # The new server started from the initial weights; only a sync makes it agree with the trained policy.
     assert second["mismatch/logprob_abs_mean"] < 1e-3
+
+
+def test_an_update_session_left_open_does_not_block_the_next_sync(run: dict[str, Any]) -> None:
+    # The worker opened one before the first step; the second step has sampled from the synced weights.
+    assert "session is already open" in (run["root"] / "run" / "logs" / "rank-0.txt").read_text()
+    assert [s["policy_version"] for s in read_metrics(run["root"] / "run")[:2]] == [0, 1]
 
 
 def test_first_step_agrees_with_the_engine_and_itself(run: dict[str, Any]) -> None:
@@ -126,5 +134,5 @@ def test_resumed_run_goes_on_where_it_stopped(run: dict[str, Any]) -> None:
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step-000003"]
 
 
-def read_rollouts(run_dir: Path, step: int) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "rollouts" / f"step-{step}.jsonl").open()]
+def read_rollouts(run_dir: Path, step: int, replica: int = 0) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in rollouts_path(run_dir, step, replica).open()]

@@ -16,6 +16,8 @@ from megatron_rpp.config.fields import fields
 
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 16,
+    "vocab_size": 20,
     "num_attention_heads": 4,
     "intermediate_size": 64,
     "num_hidden_layers": 4,

@@ -110,3 +110,15 @@ def test_any_split_over_ranks_gives_the_advantages_of_one_rank(
     for result in split:  # every rank reports the global statistics, not its own
         assert result.mean.item() == pytest.approx(whole.mean.item(), abs=tolerance)
         assert result.std.item() == pytest.approx(whole.std.item(), abs=tolerance)
+
+
+def test_worked_example_of_the_documentation() -> None:
+    """docs/algorithm.md: returns 0.8, 0.8, -0.1; mean 0.5, variance 0.18."""
+    result = compute_advantages(
+        torch.tensor([1.0, 0.0]),
+        torch.tensor([[0.0, 2.0], [1.0, 0.0]]),
+        torch.tensor([[1.0, 1.0], [1.0, 0.0]]),
+        kl_coef=0.1,
+    )
+    expected = torch.tensor([[0.3, 0.3], [-0.6, 0.0]], dtype=torch.float64) / 0.18**0.5
+    torch.testing.assert_close(result.advantages, expected, rtol=0, atol=1e-8)

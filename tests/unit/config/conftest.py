@@ -15,6 +15,8 @@ from megatron_rpp.config.fields import build, flatten
 
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 16,
+    "vocab_size": 20,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 64,

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from megatron_rpp.model.hf_config import read_hf_config
-from megatron_rpp.model.hf_mapping import LLAMA, QWEN2, QWEN3, find_family
+from megatron_rpp.config.hf_config import read_hf_config
+from megatron_rpp.config.models import ARCHITECTURES
+from megatron_rpp.model.hf_mapping import FAMILIES, LLAMA, QWEN2, QWEN3, find_family
 from megatron_rpp.model.hf_mapping.transforms import QKV, Direct, GateUp, Vocab
 from tests.support.tiny_models import save_tiny
 
@@ -90,3 +91,7 @@ def test_table_and_transformers_checkpoint_have_the_same_names(family: str, tmp_
 def test_unknown_architecture_error_lists_the_supported_ones() -> None:
     with pytest.raises(ValueError, match=r"MambaForCausalLM.*LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"):
         find_family("MambaForCausalLM")
+
+
+def test_validation_admits_exactly_the_families_that_have_a_table() -> None:
+    assert set(ARCHITECTURES) == {name for family in FAMILIES for name in family.architectures}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rpp.model.hf_config import HFConfig
+from megatron_rpp.config.hf_config import HFConfig
 from megatron_rpp.model.hf_mapping.transforms import QKV, Direct, GateUp, Shard, Transform, Vocab
 
 MODEL = HFConfig(

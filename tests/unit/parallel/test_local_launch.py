@@ -139,7 +139,7 @@ def test_killing_the_launcher_leaves_no_orphan(tmp_path: Path) -> None:
     wait_for(lambda: not any(alive(pid) for pid in ranks))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_reach_every_rank_and_the_launcher_waits_for_them(tmp_path: Path, number: signal.Signals) -> None:
     body = (
         "def note(n, frame):\n"

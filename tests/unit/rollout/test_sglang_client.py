@@ -121,10 +121,21 @@ def test_a_rollout_keeps_the_stop_token_its_logprob_and_the_weights_version(serv
     assert (rollout.text, rollout.finish_reason, rollout.policy_version) == ("0", "stop", 3)
 
 
-@pytest.mark.parametrize(("reason", "expected"), [("length", "length"), ("abort", "abort"), ("new", "abort")])
-def test_only_stop_and_length_count_as_complete(server: FakeServer, reason: str, expected: str) -> None:
-    server.answer = lambda path, payload: (200, samples_of(payload, finish_reason={"type": reason}))
-    assert client(server.url).generate(prompts(1), sampling())[0].finish_reason == expected
+def test_a_response_that_reached_its_limit_is_truncated(server: FakeServer) -> None:
+    server.answer = lambda path, payload: (200, samples_of(payload, finish_reason={"type": "length"}))
+    assert client(server.url).generate(prompts(1), sampling())[0].is_truncated
+
+
+def test_an_aborted_response_is_never_trained_on(server: FakeServer) -> None:
+    server.answer = lambda path, payload: (200, samples_of(payload, finish_reason={"type": "abort"}))
+    with pytest.raises(RolloutError, match="abort"):
+        client(server.url).generate(prompts(1), sampling())
+
+
+def test_a_reply_without_samples_is_a_rollout_error(server: FakeServer) -> None:
+    server.answer = lambda path, payload: (200, [{"error": "out of memory"}])
+    with pytest.raises(RolloutError, match="out of memory"):
+        client(server.url).generate(prompts(1), sampling(samples=1))
 
 
 @pytest.mark.parametrize(("text", "version"), [("12", 12), ("default", -1), (None, -1), ("0", 0)])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rpp.model.hf_config import HFConfig, read_hf_config
+from megatron_rpp.config.hf_config import HFConfig, read_hf_config
 from tests.support.tiny_models import save_tiny
 
 LLAMA = {
