@@ -1,4 +1,4 @@
-"""Every transport and trainer layout gives the server the trained weights: it samples as the trainer scores."""
+"""`rpp sft`, then `rpp train` over every transport: the server always samples as the trainer scores."""
 
 from __future__ import annotations
 
@@ -12,30 +12,45 @@ from megatron_rpp.observability.writers import read_metrics
 from tests.integration.test_loop import read_rollouts, write_config, write_problems
 
 RUNS = {
-    "tp2_sp_broadcast_to_tp2_server": ("tensor=2", "sequence=true", "server_tensor=2"),
-    "dp2_disk": ("data=2", "transport=disk"),
+    "tp2_sp_broadcast_to_tp2_server": (
+        "--parallel.tensor=2",
+        "--parallel.sequence=true",
+        "--rollout.server_tensor=2",
+    ),
+    "dp2_disk": ("--parallel.data=2", "--weight_sync.transport=disk"),
 }
-SECTION = {"server_tensor": "rollout", "transport": "weight_sync"}
+
+
+def rpp(command: str, config: Path, *settings: str) -> str:
+    argv = [sys.executable, "-m", "megatron_rpp.cli", command, str(config), "--parallel.pipeline=1", *settings]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def warm_config(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that starts from a policy which answers with a digit and then stops."""
+    root = tmp_path_factory.mktemp("warm")
+    write_problems(root / "problems.jsonl", 40)
+    write_problems(root / "eval.jsonl", 6)
+    write_config(root / "run.toml", root / "sft", root / "run", root / "problems.jsonl")
+    settings = (f"--sft.init={tiny_model_dir}", f"--sft.data={root / 'problems.jsonl'}", f"--sft.output={root / 'sft'}")
+    rpp("sft", root / "run.toml", *settings, "--sft.steps=60", "--sft.batch_size=32", "--sft.lr=5e-3")
+    return root / "run.toml"
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_engine_and_trainer_agree_after_a_sync(name: str, tiny_model_dir: Path, tmp_path: Path) -> None:
-    write_problems(tmp_path / "problems.jsonl", 40)
-    write_config(tmp_path / "run.toml", tiny_model_dir, tmp_path / "run", tmp_path / "problems.jsonl")
-    settings = [f"--{SECTION.get(s.split('=')[0], 'parallel')}.{s}" for s in RUNS[name]]
-    settings += ["--parallel.pipeline=1", "--eval.interval=0", "--checkpoint.interval=0"]
-    # Many samples, so that a random model's few right answers move the weights.
-    settings += ["--rollout.num_prompts=40", "--algorithm.num_samples_per_prompt=32", "--train.batch_size=640"]
-    command = [sys.executable, "-m", "megatron_rpp.cli", "train", str(tmp_path / "run.toml"), *settings]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-2000:]
-    first, second = read_metrics(tmp_path / "run")
+def test_engine_and_trainer_agree_after_a_sync(name: str, warm_config: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    rpp("train", warm_config, f"--run.dir={run_dir}", "--eval.interval=0", "--checkpoint.interval=0", *RUNS[name])
+    first, second = read_metrics(run_dir)
     for step in (first, second):
         assert step["mismatch/logprob_abs_mean"] < 1e-3
         assert abs(step["ratio/mean"] - 1) < 1e-4
     assert (first["policy_version"], second["policy_version"]) == (0, 1)
-    assert first["reward/std"] > 0 and abs(second["kl/mean"]) > 1e-3, "the weights have not moved"
-    if "data=2" in RUNS[name]:
-        replicas = [read_rollouts(tmp_path / "run", 0), read_rollouts(tmp_path / "run", 0, replica=1)]
-        asked = [{r["prompt_id"] for r in replica} for replica in replicas]
-        assert len(asked[0]) == len(asked[1]) == 20 and not asked[0] & asked[1]
+    assert first["reward/mean"] > 0.02, "the warm start has not taught the policy to answer"
+    assert abs(second["kl/mean"]) > 1e-3, "the weights have not moved, so the sync proves nothing"
+    if "--parallel.data=2" in RUNS[name]:
+        asked = [{r["prompt_id"] for r in read_rollouts(run_dir, 0, replica)} for replica in (0, 1)]
+        assert len(asked[0]) == len(asked[1]) == 10 and not asked[0] & asked[1]
