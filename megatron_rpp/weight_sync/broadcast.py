@@ -25,6 +25,10 @@ from megatron_rpp.weight_sync.export import Bucket, buckets
 from megatron_rpp.weight_sync.transport import Post, WeightSyncError
 
 
+CLEANUP_S = 10.0
+"""At least so long for closing the update session after a failure, past the deadline if need be."""
+
+
 class BroadcastTransport:
     """Streams buckets into `/update_weights_from_distributed` (gloo on CPU, NCCL on GPU)."""
 
@@ -48,6 +52,7 @@ class BroadcastTransport:
             self._session(urls, "end_weight_update")
         except WeightSyncError:
             self.close()
+            self._end = max(self._end, time.monotonic() + CLEANUP_S)
             with suppress(WeightSyncError):  # a server that keeps its session open would refuse the next begin
                 self._session(urls, "end_weight_update")
             raise
