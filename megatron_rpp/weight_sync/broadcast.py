@@ -24,7 +24,6 @@ from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.weight_sync.export import Bucket, buckets
 from megatron_rpp.weight_sync.transport import Post, WeightSyncError
 
-
 CLEANUP_S = 10.0
 """At least so long for closing the update session after a failure, past the deadline if need be."""
 
