@@ -77,6 +77,8 @@ def _train_or_sft(words: Sequence[str]) -> int:
     if "WORLD_SIZE" in os.environ:
         return _run_rank(arguments, config, os.environ)
     _check(arguments, config, rank=0)
+    _check_lines(config, arguments.command)  # the ranks find the same when they load them
+    make_folders(config, arguments.command)
     parallel = config.parallel
     world_size = parallel.tensor * parallel.pipeline * parallel.data
     return launch_local([sys.executable, "-m", "megatron_rpp.cli", *words], world_size, config.run.dir)
@@ -85,10 +87,8 @@ def _train_or_sft(words: Sequence[str]) -> int:
 def _check(arguments: Arguments, config: Config, rank: int) -> None:
     """All that can be told before torch is imported. Raises ValueError."""
     validate(config, arguments.command)
-    _check_lines(config, arguments.command)
     if arguments.command == "train" and rank == 0:  # the server and the metrics are rank 0's
         check_host(config, resume=arguments.resume)
-    make_folders(config, arguments.command)
 
 
 def _check_lines(config: Config, command: str) -> None:
@@ -117,6 +117,7 @@ def _run_rank(arguments: Arguments, config: Config, env: Mapping[str, str]) -> i
     try:
         _check_world_size(config, env)
         _check(arguments, config, rank)
+        make_folders(config, arguments.command)
         setup_logging(config.run.dir, rank)
         _call(arguments, config)
     except ValueError as error:

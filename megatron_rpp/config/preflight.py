@@ -34,16 +34,22 @@ def check_port(config: Config) -> None:
     """The port of the server that the trainer would spawn is free."""
     if config.rollout.urls or config.rollout.port == 0:
         return
+    claim_port(config.rollout.port)
+
+
+def claim_port(wanted: int) -> int:
+    """`wanted` if it is free on 127.0.0.1, or a free port that the system chooses for 0. Raises ConfigError."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         # Lets a port in TIME_WAIT, left by a server that has just ended, pass; a listening one still fails.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", config.rollout.port))
+            probe.bind(("127.0.0.1", wanted))
         except PermissionError as error:
-            raise ConfigError(f"rollout.port={config.rollout.port} needs privileges; choose one above 1023") from error
+            raise ConfigError(f"rollout.port={wanted} needs privileges; choose one above 1023") from error
         except OSError as error:
-            wanted = f"rollout.port={config.rollout.port}"
-            raise ConfigError(f"{wanted} is in use on 127.0.0.1; choose another, or 0 for a free one") from error
+            message = f"rollout.port={wanted} is in use on 127.0.0.1; choose another, or 0 for a free one"
+            raise ConfigError(message) from error
+        return int(probe.getsockname()[1])
 
 
 def check_run_dir(run_dir: str, *, resume: bool) -> None:

@@ -79,16 +79,18 @@ def gather_errors(error: str | None) -> str | None:
     return "; ".join(found) or None
 
 
-def on_rank_0(action: Callable[[], None]) -> None:
-    """Run `action` on rank 0 while the others wait. An OSError there is raised on every rank."""
+def on_rank_0(
+    action: Callable[[], None], *, expect: type[Exception] = OSError, raises: type[Exception] = OSError
+) -> None:
+    """Run `action` on rank 0 while the others wait. An `expect` there is raised on every rank as a `raises`."""
     error = None
     if dist.get_rank() == 0:
         try:
             action()
-        except OSError as caught:
+        except expect as caught:
             error = str(caught)
     if failed := gather_errors(error):
-        raise OSError(failed)
+        raise raises(failed)
 
 
 def gather_shards(shard: Tensor, group: ProcessGroup) -> list[Tensor]:

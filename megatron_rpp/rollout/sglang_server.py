@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from megatron_rpp.config.preflight import claim_port
 from megatron_rpp.config.schema import RolloutConfig
 from megatron_rpp.rollout import die_with_parent
 from megatron_rpp.rollout.http import is_healthy
@@ -86,12 +86,6 @@ class SGLangServer:
                 )
             time.sleep(0.2)
 
-    def restart(self, deadline_s: float) -> None:
-        """Stop what is left of it, start anew, with the weights of `model_path`, and wait."""
-        self.stop()
-        self.start()
-        self.wait_ready(deadline_s)
-
     def stop(self) -> None:
         """Kill the process and all of its group; returns when they are gone. Safe to call twice.
 
@@ -115,7 +109,7 @@ class SGLangServer:
     def _spawn(self) -> None:
         """On a free port, as the leader of a new process group, with its output in the log."""
         self._starts += 1
-        self._port = _claim_port(self._wanted_port)
+        self._port = claim_port(self._wanted_port)
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         with self._log_path.open("ab") as log:
             self._log_start = log.seek(0, os.SEEK_END)
@@ -150,20 +144,6 @@ class SGLangServer:
 
     def _is_healthy(self) -> bool:
         return self.is_alive() and is_healthy(self.url, timeout_s=5.0)
-
-
-def _claim_port(wanted: int) -> int:
-    """`wanted` if it is free (ValueError if not), or a free port that the system chose for 0."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        # A port in TIME_WAIT, left by a server that has just ended, is free; a listening one still fails.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, wanted))
-        except OSError as error:
-            raise ValueError(
-                f"rollout.port={wanted} is in use on {HOST}; choose another or 0 for a free one"
-            ) from error
-        return int(probe.getsockname()[1])
 
 
 def _wait_for_group(group: int, timeout_s: float = 10.0) -> None:

@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from megatron_rpp import device
 from megatron_rpp.model.build import Model
 from megatron_rpp.model.export_hf import hf_tensors
-from megatron_rpp.parallel.collectives import gather_errors
+from megatron_rpp.parallel.collectives import gather_errors, on_rank_0
 from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.weight_sync.export import Bucket, buckets
 from megatron_rpp.weight_sync.transport import Post, WeightSyncError
@@ -73,14 +73,18 @@ class BroadcastTransport:
 
     def _session(self, urls: Sequence[str], endpoint: str) -> None:
         """Rank 0 opens or closes the update session that SGLang wants since 0.5.21; older servers answer 404."""
-        error = None
-        for url in urls if dist.get_rank() == 0 else ():
+        on_rank_0(lambda: self._post_session(urls, endpoint), expect=RolloutError, raises=WeightSyncError)
+
+    def _post_session(self, urls: Sequence[str], endpoint: str) -> None:
+        refused = None
+        for url in urls:  # all of them, so that one that refuses does not leave another's session open
             try:
                 self._post(url, endpoint, {}, self._left_s())
             except RolloutError as caught:
                 if "HTTP 404" not in str(caught):
-                    error = str(caught)
-        _raise_any(error)
+                    refused = caught
+        if refused is not None:
+            raise refused
 
     def _send_stage(self, policy: Model, urls: Sequence[str]) -> str | None:
         """This stage's buckets. After an error the TP gathers still run to their end, so that no rank waits."""

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron_rpp.model.build import Model
 from megatron_rpp.model.export_hf import save_hf
-from megatron_rpp.parallel.collectives import gather_errors
+from megatron_rpp.parallel.collectives import on_rank_0
 from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.weight_sync.transport import Post, WeightSyncError
 
@@ -26,16 +24,12 @@ class DiskTransport:
             save_hf(policy, self._source, str(self._folder))
         except OSError as failed:
             raise WeightSyncError(str(failed)) from failed
-        error = None
-        if dist.get_rank() == 0:
-            try:
-                for url in urls:
-                    payload: dict[str, object] = {"model_path": str(self._folder), "flush_cache": False}
-                    self._post(url, "update_weights_from_disk", payload, self._deadline_s)
-            except RolloutError as caught:
-                error = str(caught)
-        if refused := gather_errors(error):
-            raise WeightSyncError(refused)
+        on_rank_0(lambda: self._load(urls), expect=RolloutError, raises=WeightSyncError)
+
+    def _load(self, urls: Sequence[str]) -> None:
+        payload: dict[str, object] = {"model_path": str(self._folder), "flush_cache": False}
+        for url in urls:
+            self._post(url, "update_weights_from_disk", payload, self._deadline_s)
 
     def close(self) -> None:
         """Nothing is held between syncs."""

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TypeVar
-
-import torch.distributed as dist
 
 from megatron_rpp.experience.types import Prompt, Rollout
 from megatron_rpp.model.build import Model
-from megatron_rpp.parallel.collectives import from_replica_leader, gather_errors
+from megatron_rpp.parallel.collectives import from_replica_leader, gather_errors, on_rank_0
 from megatron_rpp.rollout.fleet import ServerFleet
 from megatron_rpp.rollout.protocol import ProgressCallback, RolloutError, SamplingParams
 from megatron_rpp.rollout.sglang_client import SGLangClient
 from megatron_rpp.weight_sync.transport import Transport, WeightSyncError
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 class SyncedRolloutEngine:
@@ -96,15 +92,11 @@ class SyncedRolloutEngine:
 
     def _sync_once(self, version: int) -> None:
         self._transport.send(self._policy, self._client.urls)
-        error = None
-        if dist.get_rank() == 0:
-            try:
-                for url in self._client.urls:
-                    self._client.flush_cache(url)
-                    payload: dict[str, object] = {"new_version": str(version)}
-                    self._client.post(url, "update_weight_version", payload, self._deadline_s)
-            except RolloutError as caught:
-                error = str(caught)
-        if failed := gather_errors(error):
-            raise WeightSyncError(failed)
+        on_rank_0(lambda: self._name_version(version), expect=RolloutError, raises=WeightSyncError)
         self.policy_version = version
+
+    def _name_version(self, version: int) -> None:
+        """The cache belongs to the old weights; then the servers say which weights they hold."""
+        for url in self._client.urls:
+            self._client.flush_cache(url)
+            self._client.post(url, "update_weight_version", {"new_version": str(version)}, self._deadline_s)

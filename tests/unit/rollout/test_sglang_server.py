@@ -100,7 +100,8 @@ def test_stop_ends_the_children_too_and_the_server_can_start_again(tmp_path: Pat
         server.stop()
         assert [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
         assert not server.is_alive() and server.pid is None
-        server.restart(20)
+        server.start()
+        server.wait_ready(20)
         assert server.is_alive()
 
 
