@@ -4,25 +4,51 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from megatron_rpp.config.schema import AlgorithmConfig
 
-def kl_estimate(policy_logprobs: Tensor, ref_logprobs: Tensor, estimator: str, clamp: float | None = None) -> Tensor:
-    """Estimate of KL(policy || reference) at each sampled token.
+
+def kl_estimate(
+    policy_logprobs: Tensor,
+    ref_logprobs: Tensor,
+    estimator: str,
+    clamp: float | None = None,
+    output_clamp: float | None = None,
+) -> Tensor:
+    """Estimate of KL(policy || reference) at each sampled token, differentiable in policy_logprobs.
+
+    As a reward, take k1: its mean is the KL. As a loss, its gradient counts: that of k2, k1 * grad log pi, is
+    on average the gradient of KL(policy || reference); that of k3, (1 - exp(-k1)) * grad log pi, is that of
+    KL(reference || policy); that of k1, grad log pi, is zero on average and must not be used. Where a clamp
+    is reached the gradient is zero.
 
     Args:
         policy_logprobs, ref_logprobs: [B, S] log-probs of the sampled tokens.
         estimator: k1 = log-ratio; k2 = k1^2 / 2; k3 = exp(-k1) - 1 + k1.
-        clamp: k1 is clamped to +- this first; None leaves it.
+        clamp: k1 is clamped to +- this first; None or 0 leaves it.
+        output_clamp: the estimate is clamped to +- this; None or 0 leaves it.
 
     Returns:
         [B, S], of the inputs' dtype.
+
+    Raises:
+        ValueError: an unknown estimator.
     """
     k1 = policy_logprobs - ref_logprobs
-    if clamp is not None:
+    if clamp:
         k1 = k1.clamp(-clamp, clamp)
     if estimator == "k1":
-        return k1
-    if estimator == "k2":
-        return k1.square() / 2
-    if estimator == "k3":
-        return (-k1).exp() - 1 + k1
-    raise ValueError(f"kl_estimator={estimator} is not one of k1, k2, k3")
+        kl = k1
+    elif estimator == "k2":
+        kl = k1.square() / 2
+    elif estimator == "k3":
+        kl = (-k1).exp() - 1 + k1
+    else:
+        raise ValueError(f"kl_estimator={estimator} is not one of k1, k2, k3")
+    return kl.clamp(-output_clamp, output_clamp) if output_clamp else kl
+
+
+def reward_kl(policy_logprobs: Tensor, ref_logprobs: Tensor, settings: AlgorithmConfig) -> Tensor:
+    """The KL estimate [B, S] that `settings` puts into the reward."""
+    return kl_estimate(
+        policy_logprobs, ref_logprobs, settings.kl_estimator, settings.kl_clamp, settings.kl_output_clamp
+    )

@@ -1,8 +1,9 @@
-"""Masked sums and moments: pure local math, then one all-reduce, then pure whitening."""
+"""Masked sums and moments: pure local math, then one all-reduce a pass, then pure whitening."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,26 +11,70 @@ from torch import Tensor
 ReduceSum = Callable[[Tensor], Tensor]
 """All-reduce (sum) of a tensor over every rank that shares the global batch; identity on one rank."""
 
+MIN_VARIANCE = 1e-8
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and population variance over the global batch, float64.
+
+    The mean is kept as `center + offset`: `(x - center) - offset` keeps every digit of a deviation that is
+    much smaller than the mean, and does not depend on how the batch was split over ranks.
+    """
+
+    count: Tensor
+    center: Tensor  # the mean as the first pass rounds it
+    offset: Tensor  # what the second pass finds missing
+    variance: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        return self.center + self.offset
+
+    def deviation(self, x: Tensor) -> Tensor:
+        """x - mean."""
+        return (x.double() - self.center) - self.offset
+
+
+def two_pass_moments(
+    x: Tensor, total: Callable[[Tensor], Tensor], spread: Callable[[Tensor], Tensor], reduce_sum: ReduceSum
+) -> Moments:
+    """Moments by the corrected two-pass algorithm (Chan, Golub, LeVeque 1983), one all-reduce a pass.
+
+    E[x^2] - E[x]^2 would lose every digit where the mean is large.
+
+    Args:
+        x: values, float64.
+        total: local sum of values shaped like x, into one cell or one a group.
+        spread: cells back to the values that they belong to.
+    """
+    count, first = reduce_sum(torch.stack([total(torch.ones_like(x)), total(x)]))
+    divisor = count.clamp(min=1.0)
+    center = first / divisor
+    deviation = x - spread(center)
+    rest, squares = reduce_sum(torch.stack([total(deviation), total(deviation.square())]))
+    offset = rest / divisor
+    variance = (squares / divisor - offset.square()).clamp(min=0.0)
+    return Moments(count, center, offset, variance)
+
 
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
     """Sum of x [B, S] where mask [B, S] is 1, as a scalar; masked entries may be anything, even NaN."""
     return x.masked_fill(mask == 0, 0.0).sum()
 
 
-def global_moments(x: Tensor, mask: Tensor, reduce_sum: ReduceSum) -> tuple[Tensor, Tensor, Tensor]:
-    """(count, mean, population variance) of masked x over the global batch, float64 scalars.
+def global_moments(x: Tensor, mask: Tensor, reduce_sum: ReduceSum) -> Moments:
+    """Moments of masked x [B, S] over the global batch, scalars. A rank with an empty mask takes part with zeros."""
+    return two_pass_moments(x.double(), lambda v: masked_sum(v, mask), lambda cell: cell, reduce_sum)
 
-    Two passes, one all-reduce each: E[x^2] - E[x]^2 loses every digit where the mean is large.
-    A rank whose mask is empty takes part with zeros.
+
+def whiten(x: Tensor, mask: Tensor, moments: Moments, *, ddof: int = 0, floor: str = "clamp") -> Tensor:
+    """(x - mean) / standard deviation in float64, [B, S], 0 where mask is 0.
+
+    Args:
+        ddof: squares are divided by count - ddof.
+        floor: what keeps the root above 0: `clamp`, max(variance, 1e-8), or `add`, variance + 1e-8.
     """
-    x = x.double()
-    count, total = reduce_sum(torch.stack([mask.double().sum(), masked_sum(x, mask)]))
-    mean = total / count.clamp(min=1.0)
-    squares = reduce_sum(masked_sum((x - mean) ** 2, mask)[None])[0]
-    return count, mean, squares / count.clamp(min=1.0)
-
-
-def whiten(x: Tensor, mask: Tensor, mean: Tensor, variance: Tensor, min_variance: float = 1e-8) -> Tensor:
-    """(x - mean) / sqrt(max(variance, min_variance)) in float64, [B, S], 0 where mask is 0."""
-    scaled = (x.double() - mean) / variance.clamp(min=min_variance).sqrt()
-    return scaled.masked_fill(mask == 0, 0.0)
+    variance = moments.variance * moments.count / (moments.count - ddof).clamp(min=1.0)
+    floored = variance.clamp(min=MIN_VARIANCE) if floor == "clamp" else variance + MIN_VARIANCE
+    return (moments.deviation(x) / floored.sqrt()).masked_fill(mask == 0, 0.0)

@@ -10,7 +10,8 @@ from typing import Any, get_origin
 
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.fields import build, fields
-from megatron_rpp.config.schema import Config
+from megatron_rpp.config.presets import PRESETS
+from megatron_rpp.config.schema import AlgorithmConfig, Config
 from megatron_rpp.config.toml_text import dump_toml
 
 __all__ = ["ConfigError", "describe", "dump_toml", "load_config"]
@@ -19,12 +20,13 @@ COMMAND_LINE = "the command line"
 
 
 def load_config(toml_paths: Sequence[str], overrides: Sequence[str]) -> Config:
-    """The defaults, then each file from left to right, then each `--section.key=value`.
+    """The defaults, then algorithm.preset, then each file from left to right, then each `--section.key=value`.
 
-    A later value replaces an earlier one whole, lists and `task_args` included.
+    A later value replaces an earlier one whole, lists and `task_args` included; the last preset that is
+    named is the one that counts, and every key of `[algorithm]` that is set wins over it.
 
     Raises:
-        ConfigError: a file that cannot be read or parsed, an unknown key, or a wrong type.
+        ConfigError: a file that cannot be read or parsed, an unknown key or preset, or a wrong type.
     """
     values: dict[str, Any] = {}
     for path in toml_paths:
@@ -33,7 +35,13 @@ def load_config(toml_paths: Sequence[str], overrides: Sequence[str]) -> Config:
     for override in overrides:
         key, value = _parse_override(override)
         values[key] = value
-    return build(values)
+    return build(_preset_values(values.get("algorithm.preset", AlgorithmConfig.preset)) | values)
+
+
+def _preset_values(preset: str) -> dict[str, Any]:
+    if preset not in PRESETS:
+        raise ConfigError(f"algorithm.preset={preset} must be one of: {', '.join(PRESETS)}")
+    return {f"algorithm.{key}": value for key, value in PRESETS[preset].items()}
 
 
 def describe() -> list[tuple[str, str, Any, str]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.fields import fields, flatten
+from megatron_rpp.config.presets import PRESETS
 from megatron_rpp.config.schema import Config
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
@@ -16,7 +17,16 @@ LR_SCHEDULES = ("constant", "linear", "cosine")
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
     "model.layer_spec": ("auto", "te", "local"),
+    "algorithm.preset": tuple(PRESETS),
+    "algorithm.estimator": ("reinforce_pp", "reinforce_pp_baseline", "grpo", "dr_grpo", "rloo", "remax"),
+    "algorithm.kl_placement": ("to_go", "folded", "instant", "none"),
     "algorithm.kl_estimator": ("k1", "k2", "k3"),
+    "algorithm.lone_sample": ("zero", "raw"),
+    "algorithm.variance_floor": ("clamp", "add"),
+    "algorithm.loss_aggregation": ("token_mean", "sequence_mean", "constant"),
+    "algorithm.kl_loss_estimator": ("k2", "k3"),
+    "algorithm.importance_correction": ("off", "truncated", "masked", "sequence_masked"),
+    "reward.normalization": ("none", "group", "running"),
     "reward.kind": ("math_answer", "reasoning_gym"),
     "data.train.kind": ("jsonl", "reasoning_gym"),
     "data.eval.kind": ("jsonl", "reasoning_gym"),
@@ -36,6 +46,8 @@ class Range:
 
 AT_LEAST_1 = Range("at least 1", lambda x: x >= 1)
 NOT_NEGATIVE = Range("at least 0", lambda x: x >= 0)
+ZERO_OR_ONE = Range("0 or 1", lambda x: x in (0, 1))
+ZERO_OR_ABOVE_1 = Range("above 1, or 0 to turn it off", lambda x: x == 0 or x > 1)
 POSITIVE = Range("above 0", lambda x: x > 0)
 FRACTION = Range("between 0 and 1", lambda x: 0 <= x <= 1)
 BELOW_1 = Range("at least 0 and below 1", lambda x: 0 <= x < 1)
@@ -46,6 +58,7 @@ NOT_EMPTY = Range("set", lambda x: x != "")
 RANGES: dict[Range, tuple[str, ...]] = {
     NOT_EMPTY: ("run.dir",),
     AT_LEAST_1: (
+        "algorithm.importance_high",
         "run.steps",
         "model.vocab_divisor",
         "parallel.tensor",
@@ -53,6 +66,7 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "parallel.virtual_pipeline",
         "parallel.data",
         "algorithm.num_samples_per_prompt",
+        "algorithm.kl_horizon",
         "rollout.num_prompts",
         "rollout.max_response_tokens",
         "rollout.context_length",
@@ -75,7 +89,17 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "data.eval.seed",
         "data.eval.size",
         "algorithm.kl_coef",
+        "algorithm.kl_clamp",
+        "algorithm.kl_output_clamp",
+        "algorithm.kl_target",
+        "algorithm.reward_clip",
         "algorithm.clip_eps_high",
+        "algorithm.log_ratio_clamp",
+        "algorithm.loss_constant",
+        "algorithm.kl_loss_coef",
+        "algorithm.entropy_coef",
+        "reward.overlong_buffer_tokens",
+        "reward.overlong_penalty",
         "rollout.max_retries",
         "optimizer.lr",
         "optimizer.min_lr",
@@ -89,8 +113,6 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "sft.warmup_steps",
     ),
     POSITIVE: (
-        "algorithm.kl_clamp",
-        "algorithm.log_ratio_clamp",
         "rollout.temperature",
         "rollout.startup_deadline_s",
         "rollout.request_deadline_s",
@@ -98,7 +120,9 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "optimizer.adam_eps",
         "weight_sync.deadline_s",
     ),
-    FRACTION: ("algorithm.gamma",),
+    ZERO_OR_ONE: ("algorithm.variance_ddof",),
+    ZERO_OR_ABOVE_1: ("algorithm.dual_clip",),
+    FRACTION: ("algorithm.gamma", "algorithm.importance_low"),
     BELOW_1: ("algorithm.clip_eps_low", "optimizer.adam_beta1", "optimizer.adam_beta2"),
     NONZERO_FRACTION: ("rollout.top_p",),
     PORT: ("rollout.port",),

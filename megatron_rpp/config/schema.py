@@ -55,24 +55,66 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """REINFORCE++ (arXiv 2501.03262): advantages and policy loss."""
+    """Advantages and policy loss. The defaults are the preset `paper`; see docs/algorithm.md for all of them."""
 
+    preset: str = "paper"
+    """Named settings for every key below but num_samples_per_prompt; keys that are set besides it win."""
     num_samples_per_prompt: int = 4
     """Responses sampled for each prompt."""
+
+    estimator: str = "reinforce_pp"
+    """reinforce_pp, reinforce_pp_baseline (both normalized globally), grpo, dr_grpo, rloo or remax."""
+    kl_placement: str = "to_go"
+    """Where the KL enters the reward: to_go (return), folded (response's score), instant (own token), none."""
     kl_coef: float = 0.001
-    """beta: weight of the per-token KL penalty in the reward (the paper: 0.001 math, 0.01 general)."""
+    """beta: weight of the KL penalty in the reward (the paper: 0.001 math, 0.01 general)."""
     kl_estimator: str = "k1"
-    """Per-token KL estimator: k1, k2 or k3."""
+    """Per-token KL estimator in the reward: k1, k2 or k3."""
     kl_clamp: float = 10.0
-    """k1 is clamped to +- this before use."""
+    """The log-ratio is clamped to +- this before a KL estimate, in reward and loss; 0: not."""
+    kl_output_clamp: float = 0.0
+    """A KL estimate is clamped to +- this, in reward and loss; 0: not."""
+    kl_target: float = 0.0
+    """Adaptive controller (arXiv 1909.08593): kl_coef moves until the metric kl/mean is this; 0: fixed."""
+    kl_horizon: int = 10_000
+    """Responses over which the adaptive controller corrects an error."""
     gamma: float = 1.0
-    """Discount of the return from one response token to the next."""
+    """Discount of the return from one response token to the next (reinforce_pp)."""
+    gamma_skips_masked: bool = True
+    """Tokens outside loss_mask, inside a response, do not discount."""
+    reward_clip: float = 0.0
+    """A response's score is clamped to +- this, after the baseline; 0: not."""
+    lone_sample: str = "zero"
+    """Score of a response that is alone in its group, where there is a group baseline: zero or raw."""
+    variance_ddof: int = 0
+    """Global normalization divides squares by tokens minus this: 0 (population) or 1 (Bessel)."""
+    variance_floor: str = "clamp"
+    """Under the root of the global normalization: clamp, max(variance, 1e-8), or add, variance + 1e-8."""
+
     clip_eps_low: float = 0.2
     """PPO clip: the ratio is cut below 1 - clip_eps_low."""
     clip_eps_high: float = 0.2
     """PPO clip: the ratio is cut above 1 + clip_eps_high."""
+    dual_clip: float = 0.0
+    """The loss of a token with negative advantage is at most this times |A| (arXiv 1912.09729); 0: unbounded."""
     log_ratio_clamp: float = 20.0
-    """The log-ratio is clamped to +- this before exp."""
+    """The log-ratio is clamped to +- this before exp; 0: not."""
+    loss_aggregation: str = "token_mean"
+    """token_mean, sequence_mean (of token means), or constant (token sum over responses x loss_constant)."""
+    loss_constant: int = 0
+    """Tokens that aggregation `constant` divides a response's sum by; 0: rollout.max_response_tokens."""
+    kl_loss_coef: float = 0.0
+    """Weight of a separate KL loss against the reference."""
+    kl_loss_estimator: str = "k2"
+    """Estimator of the KL loss: k2 or k3."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    importance_correction: str = "off"
+    """Weights for sampler against trainer probabilities: off, truncated, masked or sequence_masked."""
+    importance_low: float = 0.5
+    """masked drops tokens, sequence_masked responses, whose weight is below this."""
+    importance_high: float = 2.0
+    """truncated caps weights at this; masked and sequence_masked drop above it."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +163,12 @@ class RewardConfig:
     """Reward of a wrong answer."""
     time_limit_s: float = 5.0
     """Limit for verifying one answer; past it the answer counts as wrong."""
+    overlong_buffer_tokens: int = 0
+    """Soft overlong penalty: the last tokens before rollout.max_response_tokens cost more and more; 0: off."""
+    overlong_penalty: float = 1.0
+    """What a response of rollout.max_response_tokens loses by the soft overlong penalty."""
+    normalization: str = "none"
+    """none, group (by the prompt's mean and deviation) or running (by those of all rewards so far)."""
 
 
 @dataclass(frozen=True)

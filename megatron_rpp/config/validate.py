@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.hf_config import read_hf_config
+from megatron_rpp.config.algorithm import check_algorithm
 from megatron_rpp.config.models import check_split, read_model_config
 from megatron_rpp.config.ranges import check_ranges
 from megatron_rpp.config.schema import Config, SourceConfig
@@ -35,6 +36,7 @@ def validate(config: Config, command: Command) -> None:
     check_split(config.parallel, model)
     if config.reward.correct == config.reward.wrong:
         raise ConfigError(f"reward.correct={config.reward.correct} must differ from reward.wrong")
+    check_algorithm(config)
     _check_batches(config)
     _check_lengths(config, model)
     _check_server(config, model)
