@@ -19,10 +19,9 @@ def evaluate(s: Session) -> dict[str, float]:
     if not s.eval_prompts:
         return {}
     sampled = replace(s.sampling(0), num_samples_per_prompt=1, seed=s.config.run.seed)
-    greedy = replace(sampled, temperature=0.0)
     metrics = Metrics()
     with s.timers("eval"):
-        for name, sampling in (("eval/accuracy", sampled), ("eval/greedy_accuracy", greedy)):
+        for name, sampling in (("eval/accuracy", sampled), ("eval/greedy_accuracy", s.greedy())):
             rollouts = s.rollout_engine.generate(s.eval_prompts, sampling)
             rewards = from_replica_leader(s.parallel, partial(s.eval_reward, rollouts))
             if s.parallel.is_replica_leader:

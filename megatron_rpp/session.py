@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_rpp.checkpoint.manager import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -15,6 +15,7 @@ from megatron_rpp.config.load import dump_toml
 from megatron_rpp.config.schema import Config
 from megatron_rpp.data.prompts import PromptSource, load_prompts
 from megatron_rpp.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_rpp.engine.advantages import ShapingState
 from megatron_rpp.engine.optimizer import Optimizer, make_trainable
 from megatron_rpp.experience.types import Prompt
 from megatron_rpp.model.build import Model, build_model
@@ -35,9 +36,9 @@ from megatron_rpp.weight_sync.transport import Transport
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Session:
-    """One rank's parts of a run."""
+    """One rank's parts of a run. Only `shaping` is replaced, once a step."""
 
     config: Config
     parallel: ParallelContext
@@ -52,6 +53,7 @@ class Session:
     rollout_engine: SyncedRolloutEngine
     reporter: Reporter
     first_step: int
+    shaping: ShapingState
     timers: Timers
 
     def sampling(self, step: int) -> SamplingParams:
@@ -65,9 +67,18 @@ class Session:
             seed=self.config.run.seed * 1_000_003 + step,
         )
 
+    def greedy(self) -> SamplingParams:
+        """One greedy response a prompt."""
+        return replace(self.sampling(0), num_samples_per_prompt=1, temperature=0.0)
+
     def save(self, step: int) -> None:
         """Write the checkpoint of the state after `step` rollout batches. A collective over the whole job."""
-        state = RunState(step, self.prompt_source.state_dict(), self.optimizer.schedule.state_dict())
+        state = RunState(
+            step=step,
+            prompts=self.prompt_source.state_dict(),
+            schedule=self.optimizer.schedule.state_dict(),
+            shaping=asdict(self.shaping),
+        )
         save_checkpoint(self.config.run.dir, self.policy, self.optimizer, state, self.config.checkpoint.keep)
 
 
@@ -95,7 +106,9 @@ def open_session(config: Config, *, resume: bool) -> Iterator[Session]:
             build_model(config, parallel, path=config.model.path), config.optimizer, total_optimizer_steps(config)
         )
         reference = build_model(config, parallel, path=config.model.path)
-        first_step = _resume(config, policy, optimizer, prompt_source) if resume else 0
+        first_step, shaping = 0, ShapingState.start(config.algorithm)
+        if resume:
+            first_step, shaping = _resume(config, policy, optimizer, prompt_source)
         engine = SyncedRolloutEngine(
             policy,
             fleet,
@@ -114,7 +127,7 @@ def open_session(config: Config, *, resume: bool) -> Iterator[Session]:
             (Path(config.run.dir) / "config.toml").write_text(dump_toml(config))
         yield Session(
             config, parallel, tokenizer, prompt_source, eval_prompts, reward, eval_reward, policy, reference,
-            optimizer, engine, reporter, first_step, Timers(),
+            optimizer, engine, reporter, first_step, shaping, Timers(),
         )  # fmt: skip
 
 
@@ -149,15 +162,17 @@ def _prompts(config: Config, tokenizer: Tokenizer) -> tuple[list[Prompt], list[P
     return train, load_prompts(source, config.data, tokenizer, max_prompt_tokens=longest)
 
 
-def _resume(config: Config, policy: Model, optimizer: Optimizer, prompt_source: PromptSource) -> int:
-    """Load the newest checkpoint and return the first step to run."""
+def _resume(
+    config: Config, policy: Model, optimizer: Optimizer, prompt_source: PromptSource
+) -> tuple[int, ShapingState]:
+    """Load the newest checkpoint: (the first step to run, the state of reward shaping)."""
     path = latest_checkpoint(config.run.dir)
     if path is None:
         raise ValueError(f"--resume: run.dir={config.run.dir} holds no complete checkpoint; start without --resume")
     state = load_checkpoint(path, policy, optimizer)
     prompt_source.load_state_dict(state.prompts)
     logger.info("resumed from %s", path)
-    return state.step
+    return state.step, ShapingState.resume(state.shaping, config.algorithm)
 
 
 def _transport(config: Config, client: SGLangClient) -> Transport:

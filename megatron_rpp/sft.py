@@ -17,7 +17,7 @@ from megatron_rpp.data.tokenizer import load_tokenizer
 from megatron_rpp.engine.heads import SftHead
 from megatron_rpp.engine.optimizer import make_trainable
 from megatron_rpp.engine.score import logprob_head
-from megatron_rpp.engine.train_step import global_token_count, optimizer_step
+from megatron_rpp.engine.train_step import global_counts, optimizer_step
 from megatron_rpp.experience.collate import pad_rows
 from megatron_rpp.experience.types import ExperienceBatch
 from megatron_rpp.model.build import build_model
@@ -52,7 +52,7 @@ def _train(config: Config, parallel: ParallelContext) -> None:
         drawn = [order.choice(demonstrations) for _ in range(sft.batch_size)]
         mine = drawn[parallel.dp_rank :: parallel.dp_size]
         batch = _to_batch(mine, tokenizer.pad_token_id, parallel.device)
-        count = global_token_count(batch, model)
+        count, _ = global_counts(batch, model)
         head = SftHead(logprob_head(model, config, temperature=1.0), count)
         sums, norm = optimizer_step(model, optimizer, batch, head, config.train.micro_batch_size)
         if parallel.rank == 0 and ((step + 1) % REPORT_EVERY == 0 or step + 1 == sft.steps):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_rpp.algorithm.kl import kl_estimate
+from megatron_rpp.algorithm.kl import reward_kl
 from megatron_rpp.algorithm.masked import masked_sum
 from megatron_rpp.experience.types import ExperienceBatch, Rollout
 from megatron_rpp.observability.metrics import Metrics
@@ -34,9 +34,9 @@ def step_metrics(
 
 def _replica_metrics(s: Session, batch: ExperienceBatch, rollouts: Sequence[Rollout]) -> Metrics:
     assert batch.old_logprobs is not None and batch.ref_logprobs is not None and batch.entropy is not None
-    algorithm, count, mask = s.config.algorithm, len(rollouts), batch.loss_mask
+    count, mask = len(rollouts), batch.loss_mask
     tokens = float(mask.sum())
-    kl = kl_estimate(batch.old_logprobs, batch.ref_logprobs, algorithm.kl_estimator, algorithm.kl_clamp)
+    kl = reward_kl(batch.old_logprobs, batch.ref_logprobs, s.config.algorithm)
     mismatch = (batch.old_logprobs - batch.rollout_logprobs).abs()
     rewards = batch.rewards.double()
     metrics = Metrics()

@@ -12,6 +12,7 @@ from megatron_rpp.engine.score import score
 from megatron_rpp.engine.train_step import train_step
 from megatron_rpp.evaluate import evaluate
 from megatron_rpp.experience.collate import collate
+from megatron_rpp.greedy_baseline import greedy_rewards
 from megatron_rpp.parallel.collectives import from_replica_leader
 from megatron_rpp.session import Session, open_session
 from megatron_rpp.step_metrics import step_metrics
@@ -33,10 +34,11 @@ def train_on_one_batch(s: Session, step: int) -> None:
             rollouts = s.rollout_engine.generate(prompts, s.sampling(step), s.reporter.progress)
         with s.timers("reward"):
             rewards = from_replica_leader(s.parallel, lambda: s.reward(rollouts))
-        batch = collate(rollouts, rewards, pad_token_id=s.tokenizer.pad_token_id, device=s.parallel.device)
+        baselines = greedy_rewards(s, prompts)
+        batch = collate(rollouts, rewards, baselines, pad_token_id=s.tokenizer.pad_token_id, device=s.parallel.device)
         with s.timers("score"):
             batch = score(batch, s.policy, s.reference, s.config)
-        batch, advantage_stats = add_advantages(batch, s.config.algorithm, s.parallel)
+        batch, s.shaping, advantage_stats = add_advantages(batch, s.config, s.parallel, s.shaping)
         with s.timers("train"):
             train_stats = train_step(s.policy, s.optimizer, batch, s.config)
         with s.timers("sync"):

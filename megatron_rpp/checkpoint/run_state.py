@@ -13,6 +13,7 @@ class RunState:
     step: int  # rollout batches trained on; also the policy version
     prompts: dict[str, Any]  # cursor of the prompt source
     schedule: dict[str, Any]  # Megatron's OptimizerParamScheduler
+    shaping: dict[str, Any]  # engine.advantages.ShapingState
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

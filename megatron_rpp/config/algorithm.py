@@ -12,11 +12,7 @@ def check_algorithm(config: Config) -> None:
     _check_groups(config)
     _check_kl(config.algorithm)
     _check_returns(config.algorithm)
-    buffer, longest = config.reward.overlong_buffer_tokens, config.rollout.max_response_tokens
-    if buffer > longest:
-        raise ConfigError(
-            f"reward.overlong_buffer_tokens={buffer} must be at most rollout.max_response_tokens={longest}"
-        )
+    _check_shaping(config)
 
 
 def _check_groups(config: Config) -> None:
@@ -56,4 +52,18 @@ def _check_returns(algorithm: AlgorithmConfig) -> None:
     if algorithm.loss_constant and algorithm.loss_aggregation != "constant":
         raise ConfigError(
             f"algorithm.loss_constant={algorithm.loss_constant} must go with algorithm.loss_aggregation=constant"
+        )
+
+
+def _check_shaping(config: Config) -> None:
+    reward, longest = config.reward, config.rollout.max_response_tokens
+    if reward.overlong_buffer_tokens > longest:
+        raise ConfigError(
+            f"reward.overlong_buffer_tokens={reward.overlong_buffer_tokens} must be at most "
+            f"rollout.max_response_tokens={longest}"
+        )
+    if config.algorithm.estimator == "remax" and (reward.overlong_buffer_tokens or reward.normalization != "none"):
+        raise ConfigError(
+            "algorithm.estimator=remax must go with reward.overlong_buffer_tokens=0 and reward.normalization=none: "
+            "its greedy baseline is a reward as it comes"
         )

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_rpp.config.algorithm import check_algorithm
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.hf_config import read_hf_config
-from megatron_rpp.config.algorithm import check_algorithm
 from megatron_rpp.config.models import check_split, read_model_config
 from megatron_rpp.config.ranges import check_ranges
 from megatron_rpp.config.schema import Config, SourceConfig

@@ -42,12 +42,14 @@ class LogprobHead:
         """(logprobs, entropy), each [b, S] float32, 0 outside loss_mask."""
         rows, positions = torch.nonzero(micro.loss_mask[:, 1:], as_tuple=True)
         selected, entropies = vocab_parallel_logprobs(
-            logits[rows, positions],
+            logits.flatten(0, 1),
             micro.tokens[rows, positions + 1],
+            rows=rows * logits.shape[1] + positions,
             vocab_size=self.vocab_size,
             temperature=self.temperature,
             chunk_tokens=self.chunk_tokens,
             group=self.tp_group,
+            overwrite_logits=True,  # Megatron's output layer does not keep them, and only heads read them
         )
         empty = torch.zeros_like(micro.loss_mask)
         at = (rows, positions + 1)
@@ -56,26 +58,28 @@ class LogprobHead:
 
 @dataclass(frozen=True)
 class PolicyHead:
-    """The REINFORCE++ policy loss of one microbatch."""
+    """The policy loss of one microbatch, with its share of the optimizer step's counts."""
 
     logprob_head: LogprobHead
     algorithm: AlgorithmConfig
     global_token_count: float
+    global_sequence_count: float
 
     def __call__(self, logits: Tensor, micro: ExperienceBatch) -> tuple[Tensor, dict[str, Tensor]]:
         assert micro.old_logprobs is not None and micro.advantages is not None
-        policy_logprobs, _ = self.logprob_head.logprobs(logits, micro)
-        result = policy_loss(
+        policy_logprobs, entropy = self.logprob_head.logprobs(logits, micro)
+        return policy_loss(
             policy_logprobs,
             micro.old_logprobs,
             micro.advantages,
             micro.loss_mask,
+            preset=self.algorithm,
             global_token_count=self.global_token_count,
-            clip_eps_low=self.algorithm.clip_eps_low,
-            clip_eps_high=self.algorithm.clip_eps_high,
-            log_ratio_clamp=self.algorithm.log_ratio_clamp,
+            global_sequence_count=self.global_sequence_count,
+            rollout_logprobs=micro.rollout_logprobs,
+            ref_logprobs=micro.ref_logprobs,
+            entropy=entropy,
         )
-        return result.loss, result.sums
 
 
 @dataclass(frozen=True)

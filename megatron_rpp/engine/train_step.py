@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from megatron_rpp.config.schema import Config
+from megatron_rpp.config.schema import AlgorithmConfig, Config
 from megatron_rpp.engine.heads import Head, PolicyHead
 from megatron_rpp.engine.optimizer import Optimizer
 from megatron_rpp.engine.pipeline import run_pipeline
@@ -29,13 +30,14 @@ def train_step(policy: Model, optimizer: Optimizer, batch: ExperienceBatch, conf
         disagree. `ratio/mean_all` is over all of them.
     """
     rows, lr = config.train.batch_size // policy.parallel.dp_size, optimizer.lr
+    algorithm = _with_loss_constant(config)
     logprobs = logprob_head(policy, config, config.rollout.temperature)
     all_sums, counts, norms = [], [], []
     for start in range(0, len(batch), rows):
         mini = batch.rows(torch.arange(start, min(start + rows, len(batch)), device=policy.parallel.device))
-        count = global_token_count(mini, policy)
+        count, sequences = global_counts(mini, policy)
         if count > 0:
-            head = PolicyHead(logprobs, config.algorithm, count)
+            head = PolicyHead(logprobs, algorithm, count, sequences)
             sums, norm = optimizer_step(policy, optimizer, mini, head, config.train.micro_batch_size)
             all_sums.append(sums)
             counts.append(count)
@@ -45,7 +47,6 @@ def train_step(policy: Model, optimizer: Optimizer, batch: ExperienceBatch, conf
     means = {name: sum(sums[name] for sums in all_sums) / sum(counts) for name in all_sums[0]}
     return {
         **means,
-        "loss/total": means["loss/policy"],
         "ratio/mean": all_sums[0]["ratio/mean"] / counts[0],
         "ratio/mean_all": means["ratio/mean"],
         "grad_norm": sum(norms) / len(norms),
@@ -73,7 +74,15 @@ def optimizer_step(
     return dict(zip(outputs, sums.tolist(), strict=True)), float(norm)
 
 
-def global_token_count(batch: ExperienceBatch, model: Model) -> float:
-    """Response tokens of `batch` over all replicas: the one denominator of an optimizer step."""
-    count: Tensor = batch.loss_mask.double().sum()
-    return float(sum_over(model.parallel.dp_group)(count))
+def global_counts(batch: ExperienceBatch, model: Model) -> tuple[float, float]:
+    """(response tokens, responses with a token) of `batch` over all replicas: what a step's loss is divided by."""
+    lengths: Tensor = batch.loss_mask.double().sum(dim=1)
+    local = torch.stack([lengths.sum(), (lengths > 0).double().sum()])
+    tokens, sequences = sum_over(model.parallel.dp_group)(local).tolist()
+    return tokens, sequences
+
+
+def _with_loss_constant(config: Config) -> AlgorithmConfig:
+    """The algorithm's settings, with the constant of the aggregation `constant` filled in."""
+    constant = config.algorithm.loss_constant or config.rollout.max_response_tokens
+    return replace(config.algorithm, loss_constant=constant)

@@ -12,9 +12,17 @@ from megatron_rpp.experience.types import ExperienceBatch, Rollout
 
 
 def collate(
-    rollouts: Sequence[Rollout], rewards: Sequence[float], *, pad_token_id: int, device: torch.device
+    rollouts: Sequence[Rollout],
+    rewards: Sequence[float],
+    greedy_rewards: Sequence[float] | None = None,
+    *,
+    pad_token_id: int,
+    device: torch.device,
 ) -> ExperienceBatch:
-    """One row a rollout, prompt then response, padded on the right to the longest."""
+    """One row a rollout, prompt then response, padded on the right to the longest.
+
+    `greedy_rewards`, where the estimator wants them, has one value a rollout: of its prompt's greedy response.
+    """
     rows = [(r.prompt.token_ids, r.response_ids) for r in rollouts]
     tokens, loss_mask = pad_rows(rows, pad_token_id)
     rollout_logprobs = torch.zeros_like(loss_mask)
@@ -24,6 +32,7 @@ def collate(
         loss_mask=loss_mask.to(device),
         rollout_logprobs=rollout_logprobs.to(device),
         rewards=torch.tensor(list(rewards), dtype=torch.float32, device=device),
+        greedy_rewards=None if greedy_rewards is None else torch.tensor(list(greedy_rewards), device=device),
         group_ids=torch.tensor([r.group_id for r in rollouts], device=device),
     )
 

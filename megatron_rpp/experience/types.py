@@ -33,7 +33,7 @@ class Rollout:
     """One sampled response. `response_ids` ends with the stop token when finish_reason is "stop"."""
 
     prompt: Prompt
-    group_id: int  # same for all samples of one prompt in one step
+    group_id: int  # position of the prompt in the global batch; all its samples share it
     response_ids: tuple[int, ...]
     rollout_logprobs: tuple[float, ...]  # the engine's, one a response token
     text: str  # the response, decoded, without special tokens
@@ -56,7 +56,8 @@ class ExperienceBatch:
     loss_mask: Tensor  # [B, S] float32, 1 on trained response tokens
     rollout_logprobs: Tensor  # [B, S] float32, 0 where loss_mask is 0
     rewards: Tensor  # [B] float32
-    group_ids: Tensor  # [B] int64
+    group_ids: Tensor  # [B] int64, position of the prompt in the global batch
+    greedy_rewards: Tensor | None = None  # [B] float32, of the greedy response to the prompt (ReMax)
     old_logprobs: Tensor | None = None  # [B, S] float32
     ref_logprobs: Tensor | None = None  # [B, S] float32
     entropy: Tensor | None = None  # [B, S] float32, of the policy's distribution at each token

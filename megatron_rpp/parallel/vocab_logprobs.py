@@ -1,16 +1,18 @@
 """Log-probs and entropy from vocabulary-parallel logits, a chunk of tokens at a time.
 
 Only one chunk's float32 logits exist at once, forward and backward: the forward keeps the logits as
-they came plus one log-sum-exp a token, and the backward recomputes the softmax chunk by chunk.
+they came plus three numbers a token, and the backward recomputes the softmax chunk by chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 
@@ -19,25 +21,36 @@ def vocab_parallel_logprobs(
     targets: Tensor,
     *,
     vocab_size: int,
+    rows: Tensor | None = None,
     temperature: float = 1.0,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int = 256,
     group: ProcessGroup | None = None,
+    overwrite_logits: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target token and entropy of each distribution.
+    """Log-prob of each target token and entropy of each distribution, in nats.
+
+    Where only one of the two is differentiated, the other costs the backward nothing.
 
     Args:
-        logits: [T, V_padded / tp_size], this rank's slice of the vocabulary, any float type.
+        logits: [N, V_padded / tp_size], this rank's slice of the vocabulary, any float type, finite.
         targets: [T] int64 token ids below `vocab_size`.
         vocab_size: true vocabulary size; padded columns get probability zero.
+        rows: [T] int64, distinct, the rows of `logits` that predict `targets`; None for all, T = N.
         temperature: the distribution is softmax(logits / temperature).
-        chunk_tokens: tokens whose float32 logits exist at once.
-        group: tensor-parallel group; None for an unsplit vocabulary.
+        chunk_tokens: tokens whose float32 logits exist at once; a pass takes up to 8 V / tp_size bytes for each.
+        group: tensor-parallel group; None for an unsplit vocabulary. Its ranks pass the same `targets`,
+            `rows` and `chunk_tokens`, and feed back the same gradients.
+        overwrite_logits: the backward writes the gradient over the memory of `logits`, which saves a
+            second [N, V_padded / tp_size]. For logits that nobody reads after the backward: another
+            operation that saved them, or a second backward, raises RuntimeError; a read outside of
+            autograd finds the gradient. Under torch.no_grad it changes nothing.
 
     Returns:
-        logprobs [T] float32 with gradient, entropy [T] float32 without.
+        logprobs [T] float32 and entropy [T] float32, both with gradient, once differentiable.
     """
+    assert len(targets) == len(logits if rows is None else rows), "one target for each row that predicts one"
     result: tuple[Tensor, Tensor] = _VocabParallelLogprobs.apply(
-        logits, targets, vocab_size, temperature, chunk_tokens, group
+        logits, targets, rows, vocab_size, temperature, chunk_tokens, group, overwrite_logits
     )
     return result
 
@@ -48,52 +61,96 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         targets: Tensor,
+        rows: Tensor | None,
         vocab_size: int,
         temperature: float,
         chunk_tokens: int,
         group: ProcessGroup | None,
+        overwrite_logits: bool,
     ) -> tuple[Tensor, Tensor]:
         first = logits.shape[1] * (group.rank() if group is not None else 0)
         valid = max(0, min(logits.shape[1], vocab_size - first))  # columns that are not padding
+        local_targets = targets - first
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
-        entropy, logsumexp = torch.empty_like(logprobs), torch.empty_like(logprobs)
-        for rows in _chunks(len(targets), chunk_tokens):
-            z = logits[rows, :valid].float() / temperature
-            logprobs[rows], entropy[rows], logsumexp[rows] = _chunk_forward(z, targets[rows] - first, group)
-        ctx.save_for_backward(logits, targets - first, logsumexp)
+        entropy = torch.empty_like(logprobs)
+        statistics = logprobs.new_empty(3, len(targets))
+        for tokens, at in _chunks(len(targets), rows, chunk_tokens):
+            z = _tempered(logits[at, :valid], temperature)
+            logprobs[tokens], entropy[tokens], statistics[:, tokens] = _chunk_forward(z, local_targets[tokens], group)
+        ctx.save_for_backward(logits, rows, local_targets, statistics)
         ctx.valid, ctx.temperature, ctx.chunk_tokens = valid, temperature, chunk_tokens
-        ctx.mark_non_differentiable(entropy)
+        ctx.overwrite_logits = overwrite_logits
+        ctx.set_materialize_grads(False)
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        logits, local_targets, logsumexp = ctx.saved_tensors
-        grad_logits = torch.zeros_like(logits)
-        rows_of_chunks = _chunks(len(local_targets), ctx.chunk_tokens) if ctx.valid else []
-        for rows in rows_of_chunks:
-            z = logits[rows, : ctx.valid].float() / ctx.temperature
-            minus_p = (z - logsumexp[rows, None]).exp_().neg_()
-            here, column = _local_targets(local_targets[rows], ctx.valid)
-            minus_p.scatter_add_(1, column[:, None], here[:, None].float())
-            grad_logits[rows, : ctx.valid] = minus_p.mul_(grad[rows, None] / ctx.temperature).to(logits.dtype)
-        return grad_logits, None, None, None, None, None
+    @once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        logits, rows, local_targets, statistics = ctx.saved_tensors
+        # Unlike `.data`, `detach` shares the version counter: what else saved the logits sees them overwritten.
+        gradient = logits.detach() if ctx.overwrite_logits else torch.empty_like(logits)
+        _zero_elsewhere(gradient, rows, ctx.valid)
+        for tokens, at in _chunks(len(local_targets), rows, ctx.chunk_tokens) if ctx.valid else ():
+            gradient[at, : ctx.valid] = _chunk_backward(
+                _tempered(logits[at, : ctx.valid], ctx.temperature),
+                local_targets[tokens],
+                statistics[:, tokens],
+                None if grad_logprobs is None else grad_logprobs[tokens] / ctx.temperature,
+                None if grad_entropy is None else grad_entropy[tokens] / ctx.temperature,
+            ).to(logits.dtype)
+        return gradient, None, None, None, None, None, None, None
 
 
 def _chunk_forward(z: Tensor, local_targets: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs, entropy, logsumexp), each [T], of one chunk of tempered logits z [T, V_local]."""
+    """(logprobs [T], entropy [T], what the backward needs [3, T]) of one chunk of z [T, V_local], which it spoils.
+
+    The backward needs the largest logit m, the sum of exp(z - m), and the mean of z - m over the distribution.
+    """
     rows, columns = z.shape
     peak = z.amax(dim=1) if columns else torch.full((rows,), -torch.inf, device=z.device)
     if group is not None:
         dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-    z = z - peak[:, None]
-    weight = z.exp()
+    z.sub_(peak[:, None])
     here, column = _local_targets(local_targets, columns)
     at_target = z.gather(1, column[:, None]).squeeze(1) * here if columns else torch.zeros_like(peak)
-    sums = torch.stack([weight.sum(dim=1), (weight * z).sum(dim=1), at_target])  # one all-reduce for three sums
+    weight = z.exp()
+    sums = torch.stack([weight.sum(dim=1), weight.mul_(z).sum(dim=1), at_target])  # one all-reduce for three sums
     if group is not None:
         dist.all_reduce(sums, group=group)
     total, weighted, at_target = sums
-    return at_target - total.log(), total.log() - weighted / total, peak + total.log()
+    mean = weighted / total
+    return at_target - total.log(), total.log() - mean, torch.stack([peak, total, mean])
+
+
+def _chunk_backward(
+    z: Tensor,
+    local_targets: Tensor,
+    statistics: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    """Gradient [T, V_local] float32 with respect to z [T, V_local], in the memory of z.
+
+    d logprob / dz_j = [j is the target] - p_j and d entropy / dz_j = -p_j (z_j - mean of z).
+    """
+    peak, total, mean = statistics
+    z.sub_(peak[:, None])
+    if grad_entropy is None:
+        slope = z.exp_().mul_(_or_zero(grad_logprobs, total).neg().div_(total)[:, None])
+    else:
+        p = z.exp().div_(total[:, None])
+        slope = z.sub_(mean[:, None]).mul_(grad_entropy[:, None])
+        slope.add_(_or_zero(grad_logprobs, total)[:, None]).mul_(p.neg_())
+    if grad_logprobs is not None:
+        here, column = _local_targets(local_targets, z.shape[1])
+        slope.scatter_add_(1, column[:, None], (grad_logprobs * here)[:, None])
+    return slope
+
+
+def _or_zero(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad.clone()
 
 
 def _local_targets(local_targets: Tensor, columns: int) -> tuple[Tensor, Tensor]:
@@ -102,5 +159,23 @@ def _local_targets(local_targets: Tensor, columns: int) -> tuple[Tensor, Tensor]
     return here, local_targets.masked_fill(~here, 0)
 
 
-def _chunks(total: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    """A float32 copy of a chunk of logits, over the temperature."""
+    z = logits.to(torch.float32, copy=True)
+    return z if temperature == 1.0 else z.div_(temperature)
+
+
+def _zero_elsewhere(gradient: Tensor, rows: Tensor | None, valid: int) -> None:
+    """Zero the padding columns, and the rows that predict no target."""
+    gradient[:, valid:] = 0
+    if rows is not None:
+        unused = torch.ones(len(gradient), dtype=torch.bool, device=gradient.device)
+        unused[rows] = False
+        gradient[unused] = 0
+
+
+def _chunks(count: int, rows: Tensor | None, size: int) -> Iterator[tuple[slice, slice | Tensor]]:
+    """(which targets, which rows of the logits) of each chunk."""
+    for start in range(0, count, size):
+        tokens = slice(start, min(start + size, count))
+        yield tokens, tokens if rows is None else rows[tokens]

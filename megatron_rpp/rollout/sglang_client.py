@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,20 +27,29 @@ class SGLangClient(RolloutEngine):
         self._rollout, self._decode = rollout, decode
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, progress: ProgressCallback | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        progress: ProgressCallback | None = None,
+        *,
+        group_ids: Sequence[int] | None = None,
     ) -> list[Rollout]:
         """Rollouts prompt by prompt, `num_samples_per_prompt` in a row.
+
+        `group_ids` are the prompts' positions in the global batch, from which their samples' seeds derive;
+        None: `prompts` is the global batch.
 
         Raises RolloutError when a server refuses a request, when retries did not help, or past
         rollout.request_deadline_s; ValueError for a prompt that fills rollout.context_length.
         """
         if not self.urls:
             raise RolloutError("no SGLang server to sample from: SGLangClient.urls is empty")
-        payloads = generate_payloads(prompts, sampling, self._rollout.context_length)
+        group_ids = range(len(prompts)) if group_ids is None else group_ids
+        payloads = generate_payloads(prompts, group_ids, sampling, self._rollout.context_length)
         replies = asyncio.run(self._send_all(payloads, progress))
         return [
-            to_rollout(prompt, sample, self._decode, sampling.stop_token_ids)
-            for prompt, samples in zip(prompts, replies, strict=True)
+            to_rollout(prompt, group_id, sample, self._decode, sampling.stop_token_ids)
+            for prompt, group_id, samples in zip(prompts, group_ids, replies, strict=True)
             for sample in samples
         ]
 
@@ -127,15 +135,14 @@ def _is_sample(sample: Any) -> bool:
     return isinstance(meta, dict) and "output_token_logprobs" in meta and bool(meta.get("finish_reason"))
 
 
-def generate_payloads(prompts: Sequence[Prompt], sampling: SamplingParams, context_length: int) -> list[dict[str, Any]]:
+def generate_payloads(
+    prompts: Sequence[Prompt], group_ids: Sequence[int], sampling: SamplingParams, context_length: int
+) -> list[dict[str, Any]]:
     """Bodies of `/generate`, one a prompt, with the prompt repeated and a seed for each sample."""
-    seen: Counter[int] = Counter()
     payloads = []
-    for prompt in prompts:
-        first = seen[prompt.id]  # a prompt that comes twice gets new seeds the second time
-        seen[prompt.id] += sampling.num_samples_per_prompt
+    for prompt, group_id in zip(prompts, group_ids, strict=True):
         params = _sampling_params(prompt, sampling, context_length)
-        seeds = (sample_seed(sampling.seed, prompt.id, i) for i in range(first, seen[prompt.id]))
+        seeds = (sample_seed(sampling.seed, group_id, i) for i in range(sampling.num_samples_per_prompt))
         payloads.append(
             {
                 "input_ids": [list(prompt.token_ids)] * sampling.num_samples_per_prompt,
@@ -161,14 +168,18 @@ def _sampling_params(prompt: Prompt, sampling: SamplingParams, context_length: i
     }
 
 
-def sample_seed(seed: int, prompt_id: int, sample_index: int) -> int:
+def sample_seed(seed: int, group_id: int, sample_index: int) -> int:
     """Seed of one sample, in [0, 2^63): the same on every data-parallel layout, and after a retry."""
-    key = f"{seed}/{prompt_id}/{sample_index}".encode()
+    key = f"{seed}/{group_id}/{sample_index}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 
 
 def to_rollout(
-    prompt: Prompt, sample: dict[str, Any], decode: Callable[[Sequence[int]], str], stop_ids: Sequence[int]
+    prompt: Prompt,
+    group_id: int,
+    sample: dict[str, Any],
+    decode: Callable[[Sequence[int]], str],
+    stop_ids: Sequence[int],
 ) -> Rollout:
     """A Rollout from one sample of SGLang's reply; the decoded text leaves out the final stop token."""
     meta = sample["meta_info"]
@@ -177,7 +188,7 @@ def to_rollout(
     is_stopped = bool(ids) and ids[-1] in stop_ids
     return Rollout(
         prompt=prompt,
-        group_id=prompt.id,
+        group_id=group_id,
         response_ids=ids,
         rollout_logprobs=tuple(float(entry[0]) for entry in entries),
         text=decode(ids[:-1] if is_stopped else ids),

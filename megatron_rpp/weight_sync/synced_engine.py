@@ -46,9 +46,9 @@ class SyncedRolloutEngine:
         the one it was given.
         """
         parallel = self._policy.parallel
-        mine = prompts[parallel.dp_rank :: parallel.dp_size]
+        mine = range(len(prompts))[parallel.dp_rank :: parallel.dp_size]
         for attempt in range(self._max_retries + 1):
-            rollouts, error = self._try_generate(mine, sampling, progress)
+            rollouts, error = self._try_generate(prompts, mine, sampling, progress)
             failed = gather_errors(error)
             if failed is None:
                 return rollouts
@@ -73,11 +73,13 @@ class SyncedRolloutEngine:
                 self._fleet.revive()
 
     def _try_generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, progress: ProgressCallback | None
+        self, prompts: Sequence[Prompt], mine: range, sampling: SamplingParams, progress: ProgressCallback | None
     ) -> tuple[list[Rollout], str | None]:
+        """(responses to the prompts at the positions `mine`, what went wrong)."""
+        picked = [prompts[i] for i in mine]
         try:
             rollouts = from_replica_leader(
-                self._policy.parallel, lambda: self._client.generate(prompts, sampling, progress)
+                self._policy.parallel, lambda: self._client.generate(picked, sampling, progress, group_ids=mine)
             )
         except RolloutError as error:
             return [], str(error)

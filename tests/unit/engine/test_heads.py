@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_rpp.algorithm import policy_loss
 from megatron_rpp.config.schema import AlgorithmConfig
 from megatron_rpp.engine.heads import LogprobHead, PolicyHead, SftHead
 from megatron_rpp.experience.types import ExperienceBatch
@@ -67,7 +68,7 @@ def test_only_logits_before_a_response_token_get_a_gradient() -> None:
     assert torch.equal(touched, expected)
 
 
-@pytest.mark.parametrize("head", [PolicyHead(HEAD, AlgorithmConfig(), 1.0), SftHead(HEAD, 1.0)])
+@pytest.mark.parametrize("head", [PolicyHead(HEAD, AlgorithmConfig(), 1.0, 1.0), SftHead(HEAD, 1.0)])
 def test_a_microbatch_without_response_tokens_gives_zero_loss_and_zero_gradient(head: Any) -> None:
     """The pipeline still calls backward on it; a loss without a graph would raise there."""
     logits = make_logits()
@@ -80,13 +81,34 @@ def test_a_microbatch_without_response_tokens_gives_zero_loss_and_zero_gradient(
 def test_policy_head_uses_each_setting_of_the_algorithm_and_the_global_count() -> None:
     logits, batch = make_logits(), make_batch()
     algorithm = AlgorithmConfig(clip_eps_low=0.1, clip_eps_high=0.3, log_ratio_clamp=0.5)
-    loss, sums = PolicyHead(HEAD, algorithm, 40.0)(logits, batch)
+    loss, sums = PolicyHead(HEAD, algorithm, 40.0, 5.0)(logits, batch)
     assert batch.old_logprobs is not None and batch.advantages is not None
     ratio = (expected_logprobs(logits, batch) - batch.old_logprobs).clamp(-0.5, 0.5).exp()
     clipped = ratio.clamp(0.9, 1.3) * batch.advantages
     total = -(torch.minimum(ratio * batch.advantages, clipped) * batch.loss_mask).sum().item()
     assert loss.item() == pytest.approx(total / 40, rel=1e-5)
     assert sums["loss/policy"].item() == pytest.approx(total, rel=1e-5)
+
+
+def test_policy_head_gives_the_loss_reference_sampler_entropy_and_sequence_count() -> None:
+    """Each of these would be left out in silence if the head did not pass it on."""
+    g = torch.Generator().manual_seed(8)
+    logits = make_logits()
+    near = torch.randn(ROWS, WIDTH, generator=g) * 0.3 - 2
+    batch = make_batch(ref_logprobs=near, rollout_logprobs=near + 0.1)
+    settings = {
+        "kl_loss_coef": 0.3, "entropy_coef": 0.2, "importance_correction": "truncated", "importance_high": 1.1,
+        "loss_aggregation": "sequence_mean",
+    }  # fmt: skip
+    loss, sums = PolicyHead(HEAD, AlgorithmConfig(**settings), 40.0, 5.0)(logits, batch)
+    logprobs, entropy = HEAD.logprobs(logits, batch)
+    assert batch.old_logprobs is not None and batch.advantages is not None
+    expected = policy_loss(
+        logprobs, batch.old_logprobs, batch.advantages, batch.loss_mask, global_token_count=40, global_sequence_count=5,
+        rollout_logprobs=near + 0.1, ref_logprobs=near, entropy=entropy, **settings,
+    )  # fmt: skip
+    assert loss.item() == expected.loss.item()
+    assert sums.keys() == expected.sums.keys() >= {"loss/kl", "loss/entropy", "importance/weight_mean"}
 
 
 def test_sft_loss_is_the_negative_log_likelihood_over_the_global_count() -> None:

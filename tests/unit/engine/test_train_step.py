@@ -21,7 +21,7 @@ def make_batch(token_counts: list[int]) -> ExperienceBatch:
     mask = (torch.arange(WIDTH) < torch.tensor(token_counts)[:, None]).float()
     cells = torch.zeros(rows, WIDTH)
     ids = torch.arange(rows)
-    return ExperienceBatch(cells.long(), mask, cells, ids.float(), ids, cells, cells, cells, cells)
+    return ExperienceBatch(cells.long(), mask, cells, ids.float(), ids)
 
 
 class Steps:
@@ -30,6 +30,7 @@ class Steps:
     def __init__(self) -> None:
         self.rows: list[list[int]] = []
         self.denominators: list[float] = []
+        self.sequence_counts: list[float] = []
         self.micro_batch_sizes: list[int] = []
 
     def __call__(
@@ -38,10 +39,11 @@ class Steps:
         ratio = 1.0 if not self.rows else 1.5
         self.rows.append(batch.group_ids.tolist())
         self.denominators.append(head.global_token_count)
+        self.sequence_counts.append(head.global_sequence_count)
         self.micro_batch_sizes.append(micro_batch_size)
         tokens = batch.loss_mask.sum().item()
         optimizer.lr /= 2
-        return {"loss/policy": 2.0 * tokens * ratio, "ratio/mean": tokens * ratio}, 10.0 * len(self.rows)
+        return {"loss/total": 2.0 * tokens * ratio, "ratio/mean": tokens * ratio}, 10.0 * len(self.rows)
 
 
 def run(
@@ -50,7 +52,10 @@ def run(
     steps = Steps()
     monkeypatch.setattr(module, "optimizer_step", steps)
     # As if every replica held the same rows.
-    monkeypatch.setattr(module, "global_token_count", lambda b, _: float(b.loss_mask.sum()) * dp_size)
+    def counts(batch: ExperienceBatch, _: Any) -> tuple[float, float]:
+        return batch.loss_mask.sum().item() * dp_size, batch.loss_mask.any(dim=1).sum().item() * dp_size
+
+    monkeypatch.setattr(module, "global_counts", counts)
     monkeypatch.setattr(module, "logprob_head", lambda *_: None)
     policy: Any = SimpleNamespace(parallel=SimpleNamespace(dp_size=dp_size, device=torch.device("cpu")))
     optimizer: Any = SimpleNamespace(lr=1e-3)
@@ -64,6 +69,7 @@ def test_minibatches_take_their_share_of_rows_in_order_with_their_own_global_cou
     steps, _ = run(monkeypatch, [1, 2, 3, 4, 1, 1], batch_size=4, dp_size=2)
     assert steps.rows == [[0, 1], [2, 3], [4, 5]]
     assert steps.denominators == [6.0, 14.0, 4.0]
+    assert steps.sequence_counts == [4.0, 4.0, 4.0]
     assert steps.micro_batch_sizes == [2, 2, 2]
 
 
@@ -73,7 +79,7 @@ def test_metrics_are_token_means_over_the_rollout_batch_not_means_of_minibatch_m
     """Mini-batches of 1 and 3 tokens with ratios 1 and 1.5: (1 + 4.5) / 4, not 1.25."""
     _, stats = run(monkeypatch, [1, 0, 2, 1], batch_size=2)
     assert stats["ratio/mean_all"] == pytest.approx(5.5 / 4)
-    assert stats["loss/policy"] == stats["loss/total"] == pytest.approx(2 * 5.5 / 4)
+    assert stats["loss/total"] == pytest.approx(2 * 5.5 / 4)
     assert stats["ratio/mean"] == 1.0  # of the first mini-batch, before any update
     assert stats["grad_norm"] == 15.0
     assert stats["lr"] == 1e-3  # before the schedule moved on

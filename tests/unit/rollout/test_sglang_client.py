@@ -108,9 +108,9 @@ def test_results_keep_the_prompts_order_whichever_answers_first(server: FakeServ
         return 200, samples_of(payload)
 
     server.answer = late_first
-    rollouts = client(server.url).generate(prompts(5), sampling(samples=3))
+    rollouts = client(server.url).generate(prompts(5), sampling(samples=3), group_ids=range(1, 10, 2))
     assert [r.prompt.id for r in rollouts] == [i for i in range(100, 105) for _ in range(3)]
-    assert [r.group_id for r in rollouts] == [r.prompt.id for r in rollouts]
+    assert [r.group_id for r in rollouts] == [i for i in range(1, 10, 2) for _ in range(3)]
     assert [r.response_ids for r in rollouts] == [(i, STOP) for i in range(5) for _ in range(3)]
 
 
@@ -144,24 +144,23 @@ def test_weights_that_no_sync_named_are_version_minus_one(text: str | None, vers
 
 
 def test_every_sample_has_its_own_seed_that_does_not_depend_on_its_neighbours() -> None:
-    def seeds(batch: list[Prompt], seed: int) -> list[list[int]]:
-        payloads = generate_payloads(batch, sampling(samples=4, seed=seed), context_length=64)
+    def seeds(group_ids: Sequence[int], seed: int) -> list[list[int]]:
+        batch = [prompts(1)[0]] * len(group_ids)  # one prompt again and again: it must not repeat its samples
+        payloads = generate_payloads(batch, group_ids, sampling(samples=4, seed=seed), context_length=64)
         return [[p["sampling_seed"] for p in payload["sampling_params"]] for payload in payloads]
 
-    every = seeds(prompts(8), 1)
+    every = seeds(range(8), 1)
     assert len({s for group in every for s in group}) == 32
-    assert seeds(prompts(8)[3:5], 1) == every[3:5], "another data-parallel layout must sample the same"
-    assert not {s for g in seeds(prompts(8), 2) for s in g} & {s for g in every for s in g}
-    twice = seeds([prompts(1)[0], prompts(1)[0]], 1)
-    assert len({s for group in twice for s in group}) == 8, "a repeated prompt must not repeat its samples"
+    assert seeds([3, 4], 1) == every[3:5], "another data-parallel layout must sample the same"
+    assert not {s for g in seeds(range(8), 2) for s in g} & {s for g in every for s in g}
     assert all(0 <= s < 2**63 for group in every for s in group), "SGLang takes signed 64-bit seeds"
 
 
 def test_a_response_is_limited_to_what_the_context_leaves() -> None:
-    payload = generate_payloads(prompts(1), sampling(), context_length=10)[0]
+    payload = generate_payloads(prompts(1), [0], sampling(), context_length=10)[0]
     assert [p["max_new_tokens"] for p in payload["sampling_params"]] == [8, 8]
     with pytest.raises(ValueError, match=r"rollout\.context_length=2 .*prompt 100 of 2 tokens"):
-        generate_payloads(prompts(1), sampling(), context_length=2)
+        generate_payloads(prompts(1), [0], sampling(), context_length=2)
 
 
 def test_prompts_are_spread_over_the_servers(servers: list[FakeServer]) -> None:
