@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_rpp.config.schema import Config
-from megatron_rpp.engine.advantages import add_advantages
+from megatron_rpp.config.presets import PRESETS, algorithm_config
+from megatron_rpp.config.schema import AlgorithmConfig, Config
+from megatron_rpp.engine.advantages import ShapingState, add_advantages
 from megatron_rpp.engine.heads import PolicyHead
 from megatron_rpp.engine.optimizer import make_trainable
 from megatron_rpp.engine.pipeline import run_pipeline
 from megatron_rpp.engine.score import logprob_head, score
-from megatron_rpp.engine.train_step import global_token_count
+from megatron_rpp.engine.train_step import global_counts
 from megatron_rpp.experience.types import ExperienceBatch
 from megatron_rpp.model.build import Model, build_model
 from megatron_rpp.model.export_hf import hf_tensors
@@ -40,39 +42,59 @@ def fixed_batch() -> ExperienceBatch:
     return ExperienceBatch(
         tokens=torch.randint(VOCAB, (ROWS, WIDTH), generator=g),
         loss_mask=mask,
-        rollout_logprobs=torch.zeros(ROWS, WIDTH),
+        rollout_logprobs=(torch.randn(ROWS, WIDTH, generator=g) * 0.3 - 3.0) * mask,
         rewards=torch.rand(ROWS, generator=g) * 3 - 1,
-        group_ids=torch.arange(ROWS) // 2,
+        greedy_rewards=torch.rand(ROWS // 2, generator=g).repeat_interleave(2),
+        group_ids=torch.arange(ROWS) // 2,  # with two replicas each group is on both
         old_logprobs=(torch.randn(ROWS, WIDTH, generator=g) * 0.3 - 3.0) * mask,
         ref_logprobs=(torch.randn(ROWS, WIDTH, generator=g) * 0.3 - 3.0) * mask,
     )
 
 
-def run_case(config: Config, parallel: ParallelContext, out: Path, name: str) -> None:
+def algorithms() -> dict[str, AlgorithmConfig]:
+    """Every preset, with a KL in the reward where it has a place for one; and every loss option at once."""
+    found = {}
+    for name in PRESETS:
+        preset = algorithm_config(name)
+        found[name] = preset if preset.kl_placement == "none" else replace(preset, kl_coef=0.05)
+    found["every_option"] = algorithm_config(
+        "openrlhf_baseline", dual_clip=1.5, loss_aggregation="sequence_mean", kl_loss_coef=0.1, kl_loss_estimator="k3",
+        entropy_coef=0.05, importance_correction="sequence_masked", importance_high=1.2,
+    )  # fmt: skip
+    return found
+
+
+def run_case(config: Config, parallel: ParallelContext, out: Path, family: str) -> None:
+    """Scores once; then advantages, loss and gradients of each algorithm (of one alone but for Llama)."""
     policy, _ = make_trainable(build_model(config, parallel, path=config.model.path), config.optimizer, 1)
     reference = build_model(config, parallel, path=config.model.path)
     shift_weights(reference)
+    force_full_gradients(policy)
     batch = fixed_batch().rows(torch.arange(parallel.dp_rank, ROWS, parallel.dp_size))
     scored = score(batch, policy, reference, config)
-    batch, _ = add_advantages(batch, config.algorithm, parallel)
-    force_full_gradients(policy)
+    logprobs = {"policy_logprobs": scored.old_logprobs, "ref_logprobs": scored.ref_logprobs}
+    chosen = algorithms() if family == "llama" else {"paper": AlgorithmConfig()}
+    for name, algorithm in chosen.items():
+        result, gradients = train_once(replace(config, algorithm=algorithm), parallel, policy, batch)
+        if parallel.is_replica_leader:
+            torch.save({**result, **logprobs}, out / f"{family}-{name}-replica{parallel.dp_rank}.pt")
+        if parallel.tp_rank == 0 and parallel.dp_rank == 0:
+            torch.save(gradients, out / f"{family}-{name}-stage{parallel.pp_rank}.pt")
+
+
+def train_once(
+    config: Config, parallel: ParallelContext, policy: Model, batch: ExperienceBatch
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(loss, advantages and metrics, gradients of this stage by Hugging Face name)."""
+    batch, _, _ = add_advantages(batch, config, parallel, ShapingState.start(config.algorithm))
     for chunk in policy.chunks:
         chunk.zero_grad_buffer()
-    head = PolicyHead(logprob_head(policy, config, 1.0), config.algorithm, global_token_count(batch, policy))
-    sums = run_pipeline(policy, batch, head, micro_batch_size=2, forward_only=False)
-    loss = sum_over(parallel.dp_group)(sums["loss/policy"]) / head.global_token_count
-    gradients = dict(hf_tensors(policy, lambda item: item.parameter.main_grad))
-    replica: dict[str, Any] = {
-        "loss": loss,
-        "clipped": sums["clip/fraction"],
-        "advantages": batch.advantages,
-        "policy_logprobs": scored.old_logprobs,
-        "ref_logprobs": scored.ref_logprobs,
-    }
-    if parallel.is_replica_leader:
-        torch.save(replica, out / f"{name}-replica{parallel.dp_rank}.pt")
-    if parallel.tp_rank == 0 and parallel.dp_rank == 0:
-        torch.save(gradients, out / f"{name}-stage{parallel.pp_rank}.pt")
+    algorithm = replace(config.algorithm, loss_constant=WIDTH)
+    head = PolicyHead(logprob_head(policy, config, 1.0), algorithm, *global_counts(batch, policy))
+    sums = run_pipeline(policy, batch, head, micro_batch_size=config.train.micro_batch_size, forward_only=False)
+    sums = {name: sum_over(parallel.dp_group)(x) / head.global_token_count for name, x in sums.items()}
+    gradients = {name: x.clone() for name, x in hf_tensors(policy, lambda item: item.parameter.main_grad)}
+    return {"advantages": batch.advantages, "sums": sums}, gradients
 
 
 def shift_weights(model: Model) -> None:

@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from megatron_rpp.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_rpp.parallel.local_launch import launch_local
@@ -21,7 +22,7 @@ LAYOUTS = {
 }
 
 
-def run_on(layout: ParallelConfig, script: str, arguments: dict[str, str], out: Path) -> None:
+def run_on(layout: ParallelConfig, script: str, arguments: dict[str, Any], out: Path) -> None:
     """Run tests/distributed/SCRIPT on every rank of `layout`; it finds its arguments in sys.argv."""
     world_size = layout.tensor * layout.pipeline * layout.data
     argv = [sys.executable, "-m", f"tests.distributed.{script}", json.dumps(asdict(layout)), json.dumps(arguments)]
@@ -29,13 +30,13 @@ def run_on(layout: ParallelConfig, script: str, arguments: dict[str, str], out: 
     assert code == 0, f"{script} on {layout} ended with {code}; see {out}/logs"
 
 
-def worker_config(model_path: str) -> tuple[Config, dict[str, str]]:
+def worker_config(model_path: str) -> tuple[Config, dict[str, Any]]:
     """(the run's configuration, the arguments) inside a worker."""
     layout, arguments = (json.loads(text) for text in sys.argv[1:3])
     config = Config(
         model=ModelConfig(path=model_path),
         parallel=ParallelConfig(**layout),
-        train=TrainConfig(batch_size=8, micro_batch_size=2),
+        train=TrainConfig(batch_size=8, micro_batch_size=arguments.get("micro_batch_size", 2)),
         optimizer=OptimizerConfig(lr=1e-3),
     )
     return config, arguments

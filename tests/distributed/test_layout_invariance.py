@@ -1,4 +1,4 @@
-"""The crown: one fixed batch gives the same advantages, loss and gradients on every layout."""
+"""The crown: one fixed batch gives the same advantages, loss and gradients on every layout, for every preset."""
 
 from __future__ import annotations
 
@@ -9,57 +9,87 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.distributed.invariance_worker import algorithms
 from tests.distributed.layouts import LAYOUTS, run_on
 from tests.support.tiny_models import save_tiny
 
 FAMILIES = ("llama", "qwen2", "qwen3")
+CASES = [("llama", name) for name in algorithms()] + [(family, "paper") for family in FAMILIES[1:]]
+BASELINE = "tp1_pp1_dp1"
+MICROBATCHES = {"one_row_a_microbatch": 1, "one_microbatch": 8}  # 2 rows elsewhere
 Result = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Result]]:
-    """Layout -> family -> result; one job a layout runs every family."""
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[tuple[str, str], Result]]:
+    """Layout or microbatch size -> (family, algorithm) -> result; one job runs every case."""
     root = tmp_path_factory.mktemp("invariance")
     models = {family: str(save_tiny(family, root / "models")) for family in FAMILIES}
-    found: dict[str, dict[str, Result]] = {}
-    for name, layout in LAYOUTS.items():
+    jobs = {name: (layout, 2) for name, layout in LAYOUTS.items()}
+    jobs |= {name: (LAYOUTS[BASELINE], size) for name, size in MICROBATCHES.items()}
+    found = {}
+    for name, (layout, size) in jobs.items():
         out = root / name
         out.mkdir()
-        run_on(layout, "invariance_worker", {"models": models, "out": str(out)}, out)
-        found[name] = {family: _merge(out, family) for family in FAMILIES}
+        run_on(layout, "invariance_worker", {"models": models, "out": str(out), "micro_batch_size": size}, out)
+        found[name] = {case: _merge(out, "-".join(case)) for case in CASES}
     return found
 
 
-def _merge(out: Path, family: str) -> Result:
-    replicas = [torch.load(p) for p in sorted(out.glob(f"{family}-replica*.pt"))]
+def _merge(out: Path, case: str) -> Result:
+    replicas = [torch.load(p) for p in sorted(out.glob(f"{case}-replica*.pt"))]
     gradients: dict[str, Tensor] = {}
-    for path in sorted(out.glob(f"{family}-stage*.pt")):
+    for path in sorted(out.glob(f"{case}-stage*.pt")):
         stage = torch.load(path)
         assert not gradients.keys() & stage.keys(), "two stages export the same tensor"
         gradients |= stage
     row_names = ("advantages", "policy_logprobs", "ref_logprobs")
     rows = {k: torch.stack([r[k] for r in replicas], 1).flatten(0, 1) for k in row_names}
-    return {"loss": replicas[0]["loss"], "clipped": replicas[0]["clipped"], "gradients": gradients, **rows}
+    return {"sums": replicas[0]["sums"], "gradients": gradients, **rows}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "tp1_pp1_dp1"])
-def test_layout_does_not_change_logprobs_advantages_loss_or_gradients(
-    results: dict[str, dict[str, Result]], layout: str, family: str
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+@pytest.mark.parametrize("split", [name for name in (*LAYOUTS, *MICROBATCHES) if name != BASELINE])
+def test_layout_and_microbatches_change_neither_advantages_nor_loss_nor_gradients(
+    results: dict[str, dict[tuple[str, str], Result]], split: str, case: tuple[str, str]
 ) -> None:
-    expected, found = results["tp1_pp1_dp1"][family], results[layout][family]
+    expected, found = results[BASELINE][case], results[split][case]
     for name in ("policy_logprobs", "ref_logprobs"):
         assert (found[name] - expected[name]).abs().max() < 1e-5, name
     assert (found["advantages"] - expected["advantages"]).abs().max() < 1e-10
-    assert abs(found["loss"] / expected["loss"] - 1) < 1e-6
+    assert found["sums"].keys() == expected["sums"].keys()
+    for name, value in expected["sums"].items():
+        assert found["sums"][name].item() == pytest.approx(value.item(), rel=1e-6, abs=1e-7), name
     assert found["gradients"].keys() == expected["gradients"].keys()
     for name, gradient in expected["gradients"].items():
         error = (found["gradients"][name] - gradient).norm() / gradient.norm()
         assert error < 1e-5, f"{name}: gradient differs by {error:.2e}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_baseline_case_clips_and_reaches_every_parameter(results: dict[str, dict[str, Result]], family: str) -> None:
-    assert results["tp1_pp1_dp1"][family]["clipped"] > 0
-    for name, gradient in results["tp1_pp1_dp1"][family]["gradients"].items():
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_baseline_case_clips_and_reaches_every_parameter(
+    results: dict[str, dict[tuple[str, str], Result]], case: tuple[str, str]
+) -> None:
+    found = results[BASELINE][case]
+    assert 0 < found["sums"]["clip/fraction"] < 1
+    for name, gradient in found["gradients"].items():
         assert gradient.norm() > 0, f"{name} gets no gradient, so the comparison would prove nothing"
+
+
+def test_no_two_algorithms_are_the_same_on_the_fixed_batch(
+    results: dict[str, dict[tuple[str, str], Result]],
+) -> None:
+    """A preset whose settings did not arrive would repeat another one's gradient."""
+    name = "model.embed_tokens.weight"
+    gradients = {case: r["gradients"][name] for case, r in results[BASELINE].items() if case[0] == "llama"}
+    pairs = [(a, b) for a in gradients for b in gradients if a < b]
+    same = [(a, b) for a, b in pairs if torch.allclose(gradients[a], gradients[b], rtol=1e-4, atol=0)]
+    # The two differ in their clamps alone, which this batch does not reach.
+    assert same == [(("llama", "openrlhf"), ("llama", "paper"))]
+
+
+def test_every_option_of_the_loss_takes_effect(results: dict[str, dict[tuple[str, str], Result]]) -> None:
+    sums = results[BASELINE]["llama", "every_option"]["sums"]
+    for name in ("loss/kl", "clip/dual_fraction", "importance/masked_fraction", "importance/truncated_fraction"):
+        assert sums[name] > 0, name
+    assert sums["loss/entropy"] < 0

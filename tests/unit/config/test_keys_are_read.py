@@ -35,9 +35,9 @@ def name_of(node: ast.expr) -> str:
 
 
 def aliases(tree: ast.Module) -> set[tuple[str, str]]:
-    """(name, class): by annotation `config: RolloutConfig`, or assignment `sampling = config.rollout`."""
+    """(name, class): the class itself, by annotation `config: RolloutConfig`, or by `sampling = config.rollout`."""
     by_section = {(key.rsplit(".", 1)[-1], name) for key, name in CLASSES.items() if key}
-    found = set(by_section)
+    found = by_section | {(name, name) for name in CLASSES.values()}
     for node in ast.walk(tree):
         if isinstance(node, ast.arg) and node.annotation is not None:
             found.add((node.arg, name_of(node.annotation)))
