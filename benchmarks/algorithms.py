@@ -1,6 +1,6 @@
 """REINFORCE++, its baseline variant, GRPO and RLOO on the demo task, from one warm start, over several seeds.
 
-    python -m benchmarks.algorithms [--out runs/benchmark-algorithms] [--seeds 3] [--steps 64]
+    python -m benchmarks.algorithms [--out runs/benchmark-algorithms] [--seeds 3] [--steps 48]
 
 Two tasks, each with real Megatron-Core training and a real SGLang server:
 
@@ -238,7 +238,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/benchmark-algorithms")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=48)
     return parser.parse_args()
 
 

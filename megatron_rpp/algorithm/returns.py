@@ -30,13 +30,19 @@ def discounted_returns(token_rewards: Tensor, loss_mask: Tensor, gamma: float, *
     """
     mask = loss_mask != 0
     rewards = token_rewards.double().masked_fill(~mask, 0.0)
-    if gamma == 1 or not skip_masked:
+    if gamma == 1 or not skip_masked or not _has_holes(mask):
         return _discounted_suffix_sums(rewards, gamma).masked_fill(~mask, 0.0)
     rows, columns = mask.nonzero(as_tuple=True)
     slots = (mask.cumsum(dim=1) - 1)[rows, columns]  # position among the response tokens of its row
     packed = torch.zeros_like(rewards).index_put((rows, slots), rewards[rows, columns])
     returns = _discounted_suffix_sums(packed, gamma)
     return torch.zeros_like(rewards).index_put((rows, columns), returns[rows, slots])
+
+
+def _has_holes(mask: Tensor) -> bool:
+    """Whether a row of the boolean mask [B, S] has more than one run of response tokens."""
+    starts = mask[:, 1:] & ~mask[:, :-1]
+    return bool((starts.sum(dim=1) + mask[:, 0] > 1).any())
 
 
 def _discounted_suffix_sums(x: Tensor, gamma: float) -> Tensor:

@@ -2,17 +2,26 @@
 
 We want, for one optimizer step over microbatches m of replicas d,
 
-    grad = sum over d, m of grad(L_dm),    L_dm = (sum of token losses in dm) / N,
+    grad = sum over d, m of grad(L_dm),    L_dm = sum over tokens t of w_t * loss_t,
 
-with N the global token count, computed once before the step. Then `grad` is the gradient of the token
-mean over the whole step, whatever the layout. Megatron's factors and what becomes of them:
+where the weights w_t (`algorithm.loss.token_weights`) hold the counts of the whole step, taken once before
+it: 1 / N for the token mean, with N the response tokens of all d and m. Then `grad` is the gradient of the
+step's loss, whatever the layout. Megatron (0.16) would multiply L_dm by these factors; each becomes 1:
 
-- `schedules.forward_step_calc_loss` multiplies a 2-tuple loss by cp_size / num_microbatches. A 3-tuple with
-  `calculate_per_token_loss=True` is left alone: `as_megatron_loss` returns that.
-- `DistributedDataParallel` pre-scales gradients by 1 / dp_size. With `calculate_per_token_loss=True` its
-  factor is 1, and the reduction over DP is a plain sum.
-- `finalize_model_grads(model, num_tokens)` divides by the summed num_tokens of the 3-tuples. We pass None:
-  N is already in the loss.
+- `schedules.forward_step_calc_loss`, 2-tuple from the loss function: cp_size / num_microbatches.
+  A 3-tuple with `calculate_per_token_loss=True` is left alone: `as_megatron_loss` returns that.
+- `DistributedDataParallel`, before the gradients are reduced: 1 / dp_size. With
+  `calculate_per_token_loss=True` it is 1, and the reduction over DP (x CP) is a plain sum. For expert
+  parameters it is 1 too. `DistributedDataParallelConfig.average_in_collective` would divide again; it is
+  False by default, and Megatron refuses it together with `calculate_per_token_loss`.
+- `finalize_model_grads(model, num_tokens)`: 1 / (num_tokens summed over DP x CP and microbatches).
+  We pass None; the counts are in w_t already.
+- `grad_scale_func`: the loss scaler of float16. It is None; bfloat16 and float32 need none.
+- `clip_grad` in the optimizer scales by min(1, clip_grad / norm): wanted, and the same on every layout.
+
+Two more act on losses that we do not have yet: `MoEAuxLossAutoScaler` and `MTPLossAutoScaler` give the
+auxiliary losses the scale 1 under `calculate_per_token_loss` (each is then a sum over tokens, to be divided
+by N with the rest), so a model with experts must set their scale to 1 / N. `read_hf_config` refuses such models.
 """
 
 from __future__ import annotations

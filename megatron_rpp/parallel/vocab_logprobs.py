@@ -138,19 +138,18 @@ def _chunk_backward(
     peak, total, mean = statistics
     z.sub_(peak[:, None])
     if grad_entropy is None:
-        slope = z.exp_().mul_(_or_zero(grad_logprobs, total).neg().div_(total)[:, None])
+        assert grad_logprobs is not None
+        slope = z.exp_().mul_((-grad_logprobs / total)[:, None])
     else:
-        p = z.exp().div_(total[:, None])
-        slope = z.sub_(mean[:, None]).mul_(grad_entropy[:, None])
-        slope.add_(_or_zero(grad_logprobs, total)[:, None]).mul_(p.neg_())
+        weight = z.exp()
+        slope = z.sub_(mean[:, None]).mul_((-grad_entropy / total)[:, None])
+        if grad_logprobs is not None:
+            slope.sub_((grad_logprobs / total)[:, None])
+        slope.mul_(weight)
     if grad_logprobs is not None:
         here, column = _local_targets(local_targets, z.shape[1])
         slope.scatter_add_(1, column[:, None], (grad_logprobs * here)[:, None])
     return slope
-
-
-def _or_zero(grad: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if grad is None else grad.clone()
 
 
 def _local_targets(local_targets: Tensor, columns: int) -> tuple[Tensor, Tensor]:
@@ -178,4 +177,24 @@ def _chunks(count: int, rows: Tensor | None, size: int) -> Iterator[tuple[slice,
     """(which targets, which rows of the logits) of each chunk."""
     for start in range(0, count, size):
         tokens = slice(start, min(start + size, count))
+        yield tokens, tokens if rows is None else rows[tokens]
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature in new float32 memory, also where `logits` are float32 already."""
+    return logits.to(torch.float32, copy=True).div_(temperature)
+
+
+def _zero_elsewhere(gradient: Tensor, rows: Tensor | None, valid: int) -> None:
+    """Zero what no chunk writes: the rows of `gradient` [N, V_local] not in `rows`, and its padding columns."""
+    gradient[:, valid:] = 0
+    if rows is not None:
+        unused = torch.ones(len(gradient), dtype=torch.bool, device=gradient.device).index_fill_(0, rows, False)
+        gradient[unused] = 0
+
+
+def _chunks(total: int, rows: Tensor | None, size: int) -> Iterator[tuple[slice, slice | Tensor]]:
+    """For each chunk of `total` tokens: which tokens, and where their logits are."""
+    for start in range(0, total, size):
+        tokens = slice(start, min(start + size, total))
         yield tokens, tokens if rows is None else rows[tokens]

@@ -51,6 +51,7 @@ def run(
 ) -> tuple[Steps, dict[str, float]]:
     steps = Steps()
     monkeypatch.setattr(module, "optimizer_step", steps)
+
     # As if every replica held the same rows.
     def counts(batch: ExperienceBatch, _: Any) -> tuple[float, float]:
         return batch.loss_mask.sum().item() * dp_size, batch.loss_mask.any(dim=1).sum().item() * dp_size

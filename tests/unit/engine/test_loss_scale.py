@@ -1,0 +1,48 @@
+"""Megatron's own factors: what its schedule does to our loss, and to the 2-tuple that peers return."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss as calc_loss
+from torch import Tensor
+
+import megatron_rpp.engine  # noqa: F401  (the CPU device layer, before megatron)
+from megatron_rpp.engine import loss_scale
+
+
+class Settings:
+    """What `forward_step_calc_loss` reads of a TransformerConfig."""
+
+    calculate_per_token_loss = True
+    timers = num_moe_experts = mtp_num_layers = grad_scale_func = None
+    finalize_model_grads_func: Any = None
+
+
+def scaled(loss_function: Any) -> float:
+    """What Megatron makes of a loss of 3 with 8 microbatches and a context-parallel size of 2."""
+    store: list[Any] = []
+    out: tuple[Tensor, Any] = calc_loss(
+        torch.nn.Module(), torch.tensor(3.0), loss_function, Settings(), None, False, 8, store, 2, True
+    )
+    return out[0].item()
+
+
+def test_megatron_leaves_our_loss_alone() -> None:
+    assert scaled(lambda loss: loss_scale.as_megatron_loss(loss, {})) == 3.0
+
+
+def test_megatron_would_scale_a_two_tuple_by_context_parallel_size_over_microbatches() -> None:
+    """The trap that peers undo in several places. If this fails, Megatron has changed: read loss_scale.py again."""
+    assert scaled(lambda loss: (loss * 1.0, {})) == 3.0 * 2 / 8
+
+
+def test_gradients_are_not_divided_by_megatrons_token_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(loss_scale, "finalize_model_grads", lambda model, tokens, **kwargs: seen.append(tokens))
+    settings: Any = Settings()
+    loss_scale.use_plain_gradient_sum(settings)
+    settings.finalize_model_grads_func([], torch.tensor(640))
+    assert seen == [None]
