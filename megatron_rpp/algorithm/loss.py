@@ -63,10 +63,9 @@ def policy_loss(
         per_token, sums = per_token * importance, sums | found
     terms = {"loss/policy": _weighted(per_token, weights)}
     if settings.kl_loss_coef and ref_logprobs is not None:
-        kl = kl_estimate(
-            policy_logprobs, ref_logprobs, settings.kl_loss_estimator, settings.kl_clamp, settings.kl_output_clamp
+        terms["loss/kl"] = settings.kl_loss_coef * _weighted(
+            _kl(policy_logprobs, ref_logprobs, loss_mask, settings), weights
         )
-        terms["loss/kl"] = settings.kl_loss_coef * _weighted(kl, weights)
     if settings.entropy_coef and entropy is not None:
         terms["loss/entropy"] = -settings.entropy_coef * _weighted(entropy, weights)
     loss = torch.stack(list(terms.values())).sum()
@@ -110,6 +109,12 @@ def _clipped(
         sums["clip/dual_fraction"] = (advantages < 0) & (loss > bound)
         loss = torch.where(advantages < 0, torch.minimum(loss, bound), loss)
     return loss, {name: masked_sum(x.detach().double(), loss_mask) for name, x in sums.items()}
+
+
+def _kl(policy_logprobs: Tensor, ref_logprobs: Tensor, loss_mask: Tensor, settings: AlgorithmConfig) -> Tensor:
+    """KL estimate of each token [B, S]. Masked first: a gradient of 0 times that of exp(inf) would be NaN."""
+    policy, ref = (x.masked_fill(loss_mask == 0, 0.0) for x in (policy_logprobs, ref_logprobs))
+    return kl_estimate(policy, ref, settings.kl_loss_estimator, settings.kl_clamp, settings.kl_output_clamp)
 
 
 def _weighted(per_token: Tensor, weights: Tensor) -> Tensor:

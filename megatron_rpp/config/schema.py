@@ -216,7 +216,7 @@ class TrainConfig:
     """Responses in one optimizer step, over all replicas (the paper's train batch)."""
     micro_batch_size: int = 8
     """Responses in one forward-backward pass of one replica."""
-    logprob_chunk_tokens: int = 256
+    logprob_chunk_tokens: int = 64
     """Tokens whose float32 logits exist at once while log-probs are computed."""
 
 

@@ -23,7 +23,7 @@ def vocab_parallel_logprobs(
     vocab_size: int,
     rows: Tensor | None = None,
     temperature: float = 1.0,
-    chunk_tokens: int = 256,
+    chunk_tokens: int = 64,
     group: ProcessGroup | None = None,
     overwrite_logits: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -88,6 +88,8 @@ class _VocabParallelLogprobs(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        if grad_logprobs is None and grad_entropy is None:
+            return (None,) * 8
         logits, rows, local_targets, statistics = ctx.saved_tensors
         # Unlike `.data`, `detach` shares the version counter: what else saved the logits sees them overwritten.
         gradient = logits.detach() if ctx.overwrite_logits else torch.empty_like(logits)
@@ -159,17 +161,16 @@ def _local_targets(local_targets: Tensor, columns: int) -> tuple[Tensor, Tensor]
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
-    """A float32 copy of a chunk of logits, over the temperature."""
+    """logits / temperature in float32 memory of its own, also where `logits` are float32 already."""
     z = logits.to(torch.float32, copy=True)
     return z if temperature == 1.0 else z.div_(temperature)
 
 
 def _zero_elsewhere(gradient: Tensor, rows: Tensor | None, valid: int) -> None:
-    """Zero the padding columns, and the rows that predict no target."""
+    """Zero what no chunk writes: the padding columns of `gradient` [N, V_local], and its rows not in `rows`."""
     gradient[:, valid:] = 0
     if rows is not None:
-        unused = torch.ones(len(gradient), dtype=torch.bool, device=gradient.device)
-        unused[rows] = False
+        unused = torch.ones(len(gradient), dtype=torch.bool, device=gradient.device).index_fill_(0, rows, False)
         gradient[unused] = 0
 
 
@@ -177,24 +178,4 @@ def _chunks(count: int, rows: Tensor | None, size: int) -> Iterator[tuple[slice,
     """(which targets, which rows of the logits) of each chunk."""
     for start in range(0, count, size):
         tokens = slice(start, min(start + size, count))
-        yield tokens, tokens if rows is None else rows[tokens]
-
-
-def _tempered(logits: Tensor, temperature: float) -> Tensor:
-    """logits / temperature in new float32 memory, also where `logits` are float32 already."""
-    return logits.to(torch.float32, copy=True).div_(temperature)
-
-
-def _zero_elsewhere(gradient: Tensor, rows: Tensor | None, valid: int) -> None:
-    """Zero what no chunk writes: the rows of `gradient` [N, V_local] not in `rows`, and its padding columns."""
-    gradient[:, valid:] = 0
-    if rows is not None:
-        unused = torch.ones(len(gradient), dtype=torch.bool, device=gradient.device).index_fill_(0, rows, False)
-        gradient[unused] = 0
-
-
-def _chunks(total: int, rows: Tensor | None, size: int) -> Iterator[tuple[slice, slice | Tensor]]:
-    """For each chunk of `total` tokens: which tokens, and where their logits are."""
-    for start in range(0, total, size):
-        tokens = slice(start, min(start + size, total))
         yield tokens, tokens if rows is None else rows[tokens]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_rpp.algorithm.shaping import RunningMoments
 from megatron_rpp.checkpoint.manager import latest_checkpoint, load_checkpoint, save_checkpoint
 from megatron_rpp.checkpoint.run_state import RunState
-from megatron_rpp.engine.advantages import add_advantages
+from megatron_rpp.engine.advantages import ShapingState, add_advantages
 from megatron_rpp.engine.optimizer import make_trainable
 from megatron_rpp.engine.train_step import train_step
 from megatron_rpp.model.build import build_model
@@ -28,16 +30,20 @@ def main() -> None:
     model = build_model(config, parallel, path=config.model.path)
     policy, optimizer = make_trainable(model, config.optimizer, total_steps=10)
     batch = fixed_batch().rows(torch.arange(parallel.dp_rank, ROWS, parallel.dp_size))
-    batch, _ = add_advantages(batch, config.algorithm, parallel)
+    shaping = ShapingState(kl_coef=0.25, rewards=RunningMoments(3.0, 0.5, 1.5))
+    batch, _, _ = add_advantages(batch, config, parallel, shaping)
     if arguments["action"] == "save":
         for _ in range(2):
             train_step(policy, optimizer, batch, config)
-        state = RunState(step=2, prompts={"cursor": 5}, schedule=optimizer.schedule.state_dict())
+        state = RunState(2, {"cursor": 5}, optimizer.schedule.state_dict(), asdict(shaping))
         save_checkpoint(arguments["run_dir"], policy, optimizer, state, keep=1)
     else:
         path = latest_checkpoint(arguments["run_dir"])
         assert path is not None
-        assert load_checkpoint(path, policy, optimizer).prompts == {"cursor": 5}
+        state = load_checkpoint(path, policy, optimizer)
+        assert state.prompts == {"cursor": 5}
+        adaptive = replace(config.algorithm, kl_target=0.1)
+        assert ShapingState.resume(state.shaping, adaptive) == shaping
     stats = train_step(policy, optimizer, batch, config)
     weights = {name: tensor.clone() for name, tensor in hf_tensors(policy)}
     if parallel.tp_rank == 0 and parallel.dp_rank == 0:

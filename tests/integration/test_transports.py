@@ -16,8 +16,18 @@ RUNS = {
         "--parallel.tensor=2",
         "--parallel.sequence=true",
         "--rollout.server_tensor=2",
+        "--algorithm.preset=grpo",
+        "--algorithm.entropy_coef=0.01",
+        "--algorithm.importance_correction=truncated",
+        "--reward.normalization=running",
     ),
-    "dp2_disk": ("--parallel.data=2", "--weight_sync.transport=disk"),
+    "dp2_disk": (
+        "--parallel.data=2",
+        "--weight_sync.transport=disk",
+        "--algorithm.preset=remax",
+        "--algorithm.kl_target=10.0",
+        "--algorithm.kl_horizon=1000",
+    ),
 }
 
 
@@ -51,6 +61,13 @@ def test_engine_and_trainer_agree_after_a_sync(name: str, warm_config: Path, tmp
     assert (first["policy_version"], second["policy_version"]) == (0, 1)
     assert first["reward/mean"] > 0.02, "the warm start has not taught the policy to answer"
     assert abs(second["kl/mean"]) > 1e-3, "the weights have not moved, so the sync proves nothing"
-    if "--parallel.data=2" in RUNS[name]:
+    if name == "tp2_sp_broadcast_to_tp2_server":
+        assert second["loss/kl"] > 0 > second["loss/entropy"]
+        assert second["importance/weight_mean"] == pytest.approx(1.0, abs=1e-3)
+        assert abs(first["reward/shaped_mean"]) < 1e-9 != first["reward/mean"]
+    else:
+        assert first["time/baseline"] > 0
+        # 160 responses, a KL far below its target: down by 20 % of 160 / 1000.
+        assert second["kl/coef"] == pytest.approx(first["kl/coef"] * (1 - 0.2 * 160 / 1000))
         asked = [{r["prompt_id"] for r in read_rollouts(run_dir, 0, replica)} for replica in (0, 1)]
         assert len(asked[0]) == len(asked[1]) == 10 and not asked[0] & asked[1]

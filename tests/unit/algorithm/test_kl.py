@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
-from megatron_rpp.algorithm.kl import kl_estimate
+from megatron_rpp.algorithm.kl import kl_estimate, reward_kl
+from megatron_rpp.config.presets import algorithm_config
+from tests.unit.algorithm.cases import PRESET_NAMES
 
 POLICY = torch.tensor([[-1.0, -2.0, -0.5]], dtype=torch.float64)
 REFERENCE = torch.tensor([[-1.5, -1.0, -0.5]], dtype=torch.float64)
@@ -43,6 +45,58 @@ def test_clamp_bounds_the_log_ratio_before_the_estimator_on_both_sides(estimator
 
 def test_no_clamp_leaves_a_large_log_ratio() -> None:
     assert kl_estimate(torch.tensor([[0.0]]), torch.tensor([[-30.0]]), "k1", clamp=None).item() == 30.0
+
+
+@pytest.mark.parametrize(
+    ("estimator", "expected"),
+    [("k1", [6.0, -6.0, 3.0]), ("k2", [6.0, 6.0, 4.5]), ("k3", [6.0, 6.0, 2 + math.exp(-3)])],
+)
+def test_output_clamp_bounds_the_estimate_after_the_clamp_of_the_log_ratio(
+    estimator: str, expected: list[float]
+) -> None:
+    """Log-ratios 30, -30, 3: clamped to 10, -10, 3, then the estimates to +-6."""
+    policy, reference = torch.tensor([0.0, -30, -1], dtype=torch.float64), torch.tensor([-30.0, 0, -4])
+    found = kl_estimate(policy, reference, estimator, clamp=10.0, output_clamp=6.0)
+    assert found.tolist() == pytest.approx(expected, rel=1e-13)
+
+
+def test_a_clamp_of_zero_is_off_and_does_not_zero_the_estimate() -> None:
+    """In the configuration 0 means no clamp; clamp(-0, 0) would silence the penalty."""
+    assert kl_estimate(torch.tensor([3.0]), torch.tensor([0.0]), "k1", clamp=0.0, output_clamp=0.0).item() == 3.0
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_gradient_is_zero_where_a_clamp_is_reached(estimator: str) -> None:
+    """A token far from the reference must not throw the whole step; within the clamp the gradient stays."""
+    policy = torch.tensor([12.0, -12.0, 0.5], dtype=torch.float64, requires_grad=True)
+    kl_estimate(policy, torch.zeros(3, dtype=torch.float64), estimator, clamp=10.0).sum().backward()
+    within = {"k1": 1.0, "k2": 0.5, "k3": 1 - math.exp(-0.5)}[estimator]
+    assert policy.grad is not None and policy.grad.tolist() == pytest.approx([0.0, 0.0, within], rel=1e-13)
+
+
+# The estimate that each preset puts into the reward, at log-ratios 30, -30 and 3.
+CLAMPED, FREE = [10.0, -10.0, 3.0], [30.0, -30.0, 3.0]
+OF_PRESET = dict.fromkeys(PRESET_NAMES, CLAMPED) | {
+    "verl": FREE,
+    "verl_baseline": FREE,
+    "slime": FREE,
+    "slime_baseline": FREE,
+    "nemo_rl": [10.0, 10.0, 2 + math.exp(-3)],  # k3 of +-20 is 19 and 4.9e8; the output clamp is 10
+}
+
+
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_estimator_and_clamps_of_each_preset(preset: str) -> None:
+    policy, reference = torch.tensor([[0.0, -30, -1]], dtype=torch.float64), torch.tensor([[-30.0, 0, -4]])
+    found = reward_kl(policy, reference, algorithm_config(preset))
+    assert found[0].tolist() == pytest.approx(OF_PRESET[preset], rel=1e-13)
+
+
+def test_nemo_rl_clamps_the_log_ratio_at_20_before_the_estimate() -> None:
+    """Without the output clamp: k3(30) = exp(-20) - 1 + 20; unclamped it would be 29."""
+    settings = algorithm_config("nemo_rl", kl_output_clamp=0.0)
+    found = reward_kl(torch.tensor([30.0], dtype=torch.float64), torch.tensor([0.0]), settings)
+    assert found.item() == pytest.approx(19 + math.exp(-20), rel=1e-14)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])

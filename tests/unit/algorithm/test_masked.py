@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import statistics
+from fractions import Fraction
 
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_rpp.algorithm.masked import global_moments, masked_sum, whiten
+from tests.unit.algorithm.cases import one_rank
 
 
-def one_rank(x: Tensor) -> Tensor:
-    return x
-
-
-def whitened(x: Tensor, mask: Tensor) -> Tensor:
-    _, mean, variance = global_moments(x, mask, one_rank)
-    return whiten(x, mask, mean, variance)
+def whitened(x: Tensor, mask: Tensor, ddof: int = 0, floor: str = "clamp") -> Tensor:
+    return whiten(x, mask, global_moments(x, mask, one_rank), ddof=ddof, floor=floor)
 
 
 def random_batch(mean: float, sd: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -33,13 +30,14 @@ def test_whitening_with_a_huge_offset_equals_exact_arithmetic(mean: float, sd: f
     x, mask = random_batch(mean, sd, dtype)
     values = x.double()[mask != 0].tolist()  # statistics computes with exact fractions
     exact_mean, exact_variance = statistics.mean(values), statistics.pvariance(values)
-    count, found_mean, found_variance = global_moments(x, mask, one_rank)
-    assert count.item() == len(values)
-    assert found_mean.item() == pytest.approx(exact_mean, rel=1e-14, abs=1e-14)
-    assert found_variance.item() == pytest.approx(exact_variance, rel=1e-8)
+    moments = global_moments(x, mask, one_rank)
+    assert moments.count.item() == len(values)
+    assert moments.mean.item() == pytest.approx(exact_mean, rel=1e-14, abs=1e-14)
+    assert moments.variance.item() == pytest.approx(exact_variance, rel=1e-12)
     scale = max(exact_variance, 1e-8) ** 0.5
-    expected = [(v - exact_mean) / scale for v in values]
-    assert whitened(x, mask)[mask != 0].tolist() == pytest.approx(expected, abs=1e-8)
+    exact = [Fraction(v) - sum(map(Fraction, values)) / len(values) for v in values]
+    expected = [float(deviation) / scale for deviation in exact]
+    assert whitened(x, mask)[mask != 0].tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -49,10 +47,36 @@ def test_constant_values_whiten_to_zero_not_nan(value: float, dtype: torch.dtype
     assert whitened(x, mask).abs().max().item() < 1e-8
 
 
-def test_variance_floor_is_a_clamp_not_an_added_term() -> None:
-    """sd = 2e-4: (x - mean) / sd is +-1 exactly; with + 1e-8 under the root it would be +-0.89."""
+@pytest.mark.parametrize(
+    ("ddof", "floor", "expected"),
+    [
+        (0, "clamp", 1.0),  # sqrt(4e-8 / max(4e-8, 1e-8))
+        (0, "add", 2 / 5**0.5),  # sqrt(4e-8 / (4e-8 + 1e-8))
+        (1, "clamp", 0.5**0.5),  # variance 2 x 4e-8
+        (1, "add", 2 / 3),  # sqrt(4e-8 / (8e-8 + 1e-8))
+    ],
+)
+def test_degrees_of_freedom_and_floor_on_two_values_near_the_floor(ddof: int, floor: str, expected: float) -> None:
+    """+-2e-4: each of the four combinations divides by another number."""
     x, mask = torch.tensor([[2e-4, -2e-4]], dtype=torch.float64), torch.ones(1, 2)
-    assert whitened(x, mask)[0].tolist() == pytest.approx([1.0, -1.0])
+    assert whitened(x, mask, ddof, floor)[0].tolist() == pytest.approx([expected, -expected], rel=1e-12)
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize("floor", ["clamp", "add"])
+def test_a_single_token_whitens_to_zero_also_with_bessels_correction(ddof: int, floor: str) -> None:
+    """0 / (1 - 1) would be NaN."""
+    x, mask = torch.tensor([[3.0, 7.0]], dtype=torch.float64), torch.tensor([[0.0, 1.0]])
+    assert whitened(x, mask, ddof, floor)[0].tolist() == [0.0, 0.0]
+
+
+def test_deviations_are_corrected_for_the_rounding_of_the_mean() -> None:
+    """Three values 1e8 + 0, 1/3, 2/3: the rounded mean is off by 1e-8; the deviations must still sum to 0."""
+    x = (1e8 + torch.arange(3, dtype=torch.float64) / 3)[None]
+    moments = global_moments(x, torch.ones(1, 3), one_rank)
+    assert moments.offset.item() != 0, "the case must round its mean to prove anything"
+    exact = [Fraction(v) - sum(map(Fraction, x[0].tolist())) / 3 for v in x[0].tolist()]
+    assert moments.deviation(x)[0].tolist() == pytest.approx([float(d) for d in exact], rel=1e-14)
 
 
 def test_below_the_variance_floor_values_are_divided_by_1e_minus_4() -> None:
@@ -71,7 +95,7 @@ def test_junk_outside_the_mask_changes_nothing(junk: float) -> None:
 
 def test_an_empty_global_batch_has_zero_moments_not_nan() -> None:
     moments = global_moments(torch.full((2, 3), torch.nan), torch.zeros(2, 3), one_rank)
-    assert [m.item() for m in moments] == [0.0, 0.0, 0.0]
+    assert [m.item() for m in (moments.count, moments.mean, moments.variance)] == [0.0, 0.0, 0.0]
 
 
 def test_a_rank_without_tokens_still_joins_both_all_reduces() -> None:
@@ -83,4 +107,4 @@ def test_a_rank_without_tokens_still_joins_both_all_reduces() -> None:
         return x
 
     global_moments(torch.ones(2, 3), torch.zeros(2, 3), reduce_sum)
-    assert calls == [[0.0, 0.0], [0.0]]
+    assert calls == [[0.0, 0.0], [0.0, 0.0]]

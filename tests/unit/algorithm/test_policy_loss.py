@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_rpp.algorithm.loss import policy_loss
+from tests.unit.algorithm.cases import Batch
 
 
 def loss_and_gradient(log_ratio: float, advantage: float, **settings: Any) -> tuple[float, float]:
@@ -48,7 +49,7 @@ def test_log_ratio_clamp_bounds_an_unclipped_loss_and_stops_its_gradient() -> No
     assert loss_and_gradient(800.0, -1.0)[0] == pytest.approx(math.exp(20.0))  # the default; exp(800) is inf
 
 
-def random_case() -> dict[str, Tensor]:
+def random_case() -> Batch:
     g = torch.Generator().manual_seed(11)
 
     def randn() -> Tensor:
@@ -64,7 +65,7 @@ def random_case() -> dict[str, Tensor]:
     }
 
 
-def by_hand(case: dict[str, Tensor], low: float, high: float) -> tuple[float, list[list[float]], int, float]:
+def by_hand(case: Batch, low: float, high: float) -> tuple[float, list[list[float]], int, float]:
     """(loss sum, its gradient, clipped tokens, ratio sum) in a plain loop."""
     total, clipped, ratios = 0.0, 0, 0.0
     gradient = torch.zeros(6, 9).tolist()
@@ -93,7 +94,8 @@ def test_loss_gradient_and_metric_sums_equal_a_plain_loop() -> None:
     torch.testing.assert_close(logprobs.grad, torch.tensor(gradient, dtype=torch.float64) / 40)
     assert clipped > 3, "the case must clip some tokens to prove anything"
     found = {name: value.item() for name, value in result.sums.items()}
-    assert found == pytest.approx({"loss/policy": total, "ratio/mean": ratios, "clip/fraction": clipped})
+    expected = {"loss/policy": total, "loss/total": total, "ratio/mean": ratios, "clip/fraction": clipped}
+    assert found == pytest.approx(expected, rel=1e-12)
     assert not any(value.requires_grad for value in result.sums.values())
 
 
@@ -109,7 +111,7 @@ def test_microbatches_sum_to_the_loss_and_gradient_of_the_whole(sizes: list[int]
     pieces = zip(*(x.split(sizes) for x in {**case, "policy_logprobs": logprobs}.values()), strict=True)
     losses = [policy_loss(*piece, global_token_count=count).loss for piece in pieces]
     torch.stack(losses).sum().backward()
-    assert sum(losses).item() == pytest.approx(expected.loss.item(), rel=1e-12)
+    assert torch.stack(losses).sum().item() == pytest.approx(expected.loss.item(), rel=1e-12)
     torch.testing.assert_close(logprobs.grad, whole.grad)
 
 

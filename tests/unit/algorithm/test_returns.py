@@ -18,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rpp.algorithm.advantages import discounted_returns, token_rewards
+from megatron_rpp.algorithm.returns import discounted_returns, token_rewards
 
 MASK = torch.tensor([[0.0, 1, 1, 0, 1, 1, 1, 0]])
 KL = torch.tensor([[9, 0.1, 0.2, 9, 0, -0.2, 0.4, 9]], dtype=torch.float64)
