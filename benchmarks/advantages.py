@@ -3,25 +3,19 @@
     python -m benchmarks.advantages [--rows 512] [--columns 8192] [--gamma 1.0]
 
 The reference is what one writes first: a loop over positions for the returns, then all advantages of the
-batch joined in one float64 vector and normalized. Each runs in a process of its own; memory is the peak of
-its resident set above what it had with the inputs in place. The last line is one JSON object.
+batch joined in one float64 vector and normalized. The last line is one JSON object; its ratios are ours / naive.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import resource
-import statistics
-import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from functools import partial
 
-import psutil
 import torch
 from torch import Tensor
 
+from benchmarks.measure import measure
 from megatron_rpp.algorithm import compute_advantages
 
 KL_COEF = 0.01
@@ -31,10 +25,13 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # rewards [B], kl [B, S], loss_m
 
 def main() -> None:
     args = _arguments()
-    shape = (args.rows, args.columns, args.gamma)
-    ours, naive = (_measure(f, *shape) for f in (packaged_advantages, naive_advantages))
+    large, small = partial(make_inputs, args.rows, args.columns), partial(make_inputs, 8, 16)
+    ours, naive = (
+        measure(partial(function, args.gamma), large, small, REPEATS)
+        for function in (packaged_advantages, naive_advantages)
+    )
     inputs = make_inputs(64, 500)
-    difference = packaged_advantages(inputs, args.gamma) - naive_advantages(inputs, args.gamma)
+    difference = packaged_advantages(args.gamma, inputs) - naive_advantages(args.gamma, inputs)
     result = {
         "tokens": args.rows * args.columns,
         "response_tokens": int(make_inputs(args.rows, args.columns)[2].sum()),
@@ -47,11 +44,11 @@ def main() -> None:
     print(json.dumps({**result, "ours": ours, "naive": naive}))
 
 
-def packaged_advantages(inputs: Inputs, gamma: float) -> Tensor:
+def packaged_advantages(gamma: float, inputs: Inputs) -> Tensor:
     return compute_advantages(*inputs, kl_coef=KL_COEF, gamma=gamma)
 
 
-def naive_advantages(inputs: Inputs, gamma: float) -> Tensor:
+def naive_advantages(gamma: float, inputs: Inputs) -> Tensor:
     """[B, S] float64: a loop over positions, then a mean and a deviation over all response tokens."""
     rewards, kl, loss_mask, _ = inputs
     token_rewards = -KL_COEF * kl.double()
@@ -74,32 +71,6 @@ def make_inputs(rows: int, columns: int) -> Inputs:
     lengths = (columns * (0.1 + 0.9 * torch.rand(rows, 1, generator=g))).long()
     loss_mask = (torch.arange(columns) < lengths).float()
     return torch.rand(rows, generator=g), torch.randn(rows, columns, generator=g), loss_mask, torch.arange(rows) // 4
-
-
-def _measure(function: Callable[[Inputs, float], Tensor], rows: int, columns: int, gamma: float) -> dict[str, float]:
-    """Median seconds, and the first call's peak memory in bytes, in a fresh process."""
-    ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(
-        target=_in_process, args=(theirs, function.__name__, rows, columns, gamma)
-    )
-    process.start()
-    found: dict[str, float] = ours.recv()
-    process.join()
-    return found
-
-
-def _in_process(pipe: Connection, name: str, rows: int, columns: int, gamma: float) -> None:
-    function = globals()[name]
-    inputs = make_inputs(rows, columns)
-    function(make_inputs(8, 16), gamma)  # what is loaded or allocated once
-    before = psutil.Process().memory_info().rss
-    seconds = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        function(inputs, gamma)
-        seconds.append(time.perf_counter() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    pipe.send({"seconds": statistics.median(seconds), "peak_bytes": float(peak - before)})
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,6 +1,6 @@
 """Peak memory and time of log-probs and entropy, forward and backward, against plain float32 autograd.
 
-    python -m benchmarks.logprobs [--tokens 8192] [--vocab 131072] [--chunk-tokens 256]
+    python -m benchmarks.logprobs [--tokens 8192] [--vocab 131072] [--chunk-tokens 64]
                                   [--entropy-gradient] [--deviation 1.0]
 
 Both start from bfloat16 logits [tokens, vocab] and end with their bfloat16 gradient, at temperature 0.7:
@@ -24,17 +24,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
-from multiprocessing.connection import Connection
 
 import psutil
 import torch
 from torch import Tensor
 
+from benchmarks.measure import measure
 from megatron_rpp.parallel.vocab_logprobs import vocab_parallel_logprobs
 
 TEMPERATURE = 0.7
@@ -47,7 +45,7 @@ Path = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # logits [T, V], targe
 def main() -> None:
     args = _arguments()
     _check_memory(args)
-    found = {name: _measure(name, args) for name in ("chunked", "copying", "naive")}
+    found = _measured(args)
     ours, naive = found["chunked"], found["naive"]
     input_bytes = args.tokens * args.vocab * 2
     result = {
@@ -134,43 +132,21 @@ def differences(chunk_tokens: int, deviation: float) -> dict[str, float]:
     }
 
 
-def _measure(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """Seconds, CPU seconds and peak bytes of one path in a fresh process."""
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=_in_process, args=(theirs, name, args))
-    process.start()
-    theirs.close()  # or `recv` would wait forever for a process that was killed for its memory
-    try:
-        found: dict[str, float] = ours.recv()
-    except EOFError:
-        sys.exit(f"the process of the path {name} ended without a result; try fewer --tokens")
-    finally:
-        process.join()
-    return found
+def run(path: Path, entropy_gradient: bool, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Forward and backward of one path, for `measure`."""
+    result = backward(path, *inputs, entropy_gradient)
+    assert all(torch.isfinite(x).all() for x in result[:2])
 
 
-def _in_process(pipe: Connection, name: str, args: argparse.Namespace) -> None:
-    entropy_gradient: bool = args.entropy_gradient
+def _measured(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     paths: dict[str, Path] = {
         "chunked": partial(chunked, chunk_tokens=args.chunk_tokens, overwrite=True),
         "copying": partial(chunked, chunk_tokens=args.chunk_tokens, overwrite=False),
-        "naive": partial(naive, entropy_gradient=entropy_gradient),
+        "naive": partial(naive, entropy_gradient=args.entropy_gradient),
     }
-    backward(paths[name], *make_inputs(8, 64, torch.bfloat16, 1.0), entropy_gradient)  # what is loaded once
-    inputs = make_inputs(args.tokens, args.vocab, torch.bfloat16, args.deviation)
-    before = psutil.Process().memory_info().rss
-    started, cpu_started = time.perf_counter(), time.process_time()
-    result = backward(paths[name], *inputs, entropy_gradient)
-    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    assert all(torch.isfinite(x).all() for x in result[:2])
-    pipe.send({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": float(_peak_rss() - before)})
-
-
-def _peak_rss() -> int:
-    """Bytes. Not ru_maxrss: through fork and exec that would start from the size of the parent."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    large = partial(make_inputs, args.tokens, args.vocab, torch.bfloat16, args.deviation)
+    small = partial(make_inputs, 8, 64, torch.bfloat16, args.deviation)
+    return {name: measure(partial(run, path, args.entropy_gradient), large, small) for name, path in paths.items()}
 
 
 def _check_memory(args: argparse.Namespace) -> None:
@@ -185,7 +161,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--vocab", type=int, default=131072)
-    parser.add_argument("--chunk-tokens", type=int, default=256)
+    parser.add_argument("--chunk-tokens", type=int, default=64)
     parser.add_argument("--entropy-gradient", action="store_true", help="differentiate the entropy too")
     parser.add_argument("--deviation", type=float, default=1.0, help="standard deviation of the logits")
     return parser.parse_args()
