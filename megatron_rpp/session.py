@@ -48,7 +48,7 @@ class Session:
     reward: Reward
     eval_reward: Reward
     policy: Model
-    reference: Model
+    reference: Model | None  # None where no KL is used
     optimizer: Optimizer
     rollout_engine: SyncedRolloutEngine
     reporter: Reporter
@@ -105,8 +105,9 @@ def open_session(config: Config, *, resume: bool) -> Iterator[Session]:
         policy, optimizer = make_trainable(
             build_model(config, parallel, path=config.model.path), config.optimizer, total_optimizer_steps(config)
         )
-        reference = build_model(config, parallel, path=config.model.path)
-        first_step, shaping = 0, ShapingState.start(config.algorithm)
+        reference = build_model(config, parallel, path=config.model.path) if config.algorithm.uses_reference else None
+        logger.info("preset %s, estimator %s", config.algorithm.preset, config.algorithm.estimator)
+        first_step, shaping = 0, ShapingState()
         if resume:
             first_step, shaping = _resume(config, policy, optimizer, prompt_source)
         engine = SyncedRolloutEngine(
@@ -172,7 +173,7 @@ def _resume(
     state = load_checkpoint(path, policy, optimizer)
     prompt_source.load_state_dict(state.prompts)
     logger.info("resumed from %s", path)
-    return state.step, ShapingState.resume(state.shaping, config.algorithm)
+    return state.step, ShapingState.from_dict(state.shaping)
 
 
 def _transport(config: Config, client: SGLangClient) -> Transport:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_rpp.algorithm.kl import reward_kl
 from megatron_rpp.algorithm.masked import masked_sum
 from megatron_rpp.experience.types import ExperienceBatch, Rollout
 from megatron_rpp.observability.metrics import Metrics
@@ -33,18 +32,18 @@ def step_metrics(
 
 
 def _replica_metrics(s: Session, batch: ExperienceBatch, rollouts: Sequence[Rollout]) -> Metrics:
-    assert batch.old_logprobs is not None and batch.ref_logprobs is not None and batch.entropy is not None
+    assert batch.old_logprobs is not None and batch.entropy is not None
     count, mask = len(rollouts), batch.loss_mask
     tokens = float(mask.sum())
-    kl = reward_kl(batch.old_logprobs, batch.ref_logprobs, s.config.algorithm)
     mismatch = (batch.old_logprobs - batch.rollout_logprobs).abs()
     rewards = batch.rewards.double()
     metrics = Metrics()
     metrics.add_mean("reward/mean", float(rewards.sum()), count)
     metrics.add_mean("reward/square", float(rewards.square().sum()), count)
+    if batch.greedy_rewards is not None:
+        metrics.add_mean("reward/greedy_mean", float(batch.greedy_rewards.sum()), count)
     metrics.add_mean("response/length_mean", sum(len(r.response_ids) for r in rollouts), count)
     metrics.add_mean("response/truncated_fraction", sum(r.is_truncated for r in rollouts), count)
-    metrics.add_mean("kl/mean", float(masked_sum(kl.double(), mask)), tokens)
     metrics.add_mean("entropy/mean", float(masked_sum(batch.entropy.double(), mask)), tokens)
     metrics.add_mean("mismatch/logprob_abs_mean", float(masked_sum(mismatch.double(), mask)), tokens)
     metrics.add_max("mismatch/logprob_abs_max", float((mismatch * mask).max()))

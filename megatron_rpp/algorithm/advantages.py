@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_rpp.algorithm.groups import group_moments
 from megatron_rpp.algorithm.masked import ReduceSum, global_moments, whiten
 from megatron_rpp.algorithm.returns import discounted_returns, token_rewards
+from megatron_rpp.algorithm.shapes import require_shape
 from megatron_rpp.config.presets import algorithm_config
 from megatron_rpp.config.schema import AlgorithmConfig
 
@@ -42,15 +43,20 @@ def compute_advantages(
         group_ids: [B] int64, equal for the responses to one prompt, which may be on several ranks; from 0 to
             4,194,303, such as the position of the prompt in the batch.
         preset: a name of `config.presets.PRESETS`, or a whole AlgorithmConfig.
-        reduce_sum: all-reduce (sum) over the ranks that share the batch; None for one process.
+        reduce_sum: takes a tensor and returns its sum over the ranks that share the batch, as
+            `parallel.collectives.sum_over(group)` does; None for one process.
         greedy_rewards: [B] reward of the greedy response to each row's prompt; for estimator `remax`.
         **overrides: settings of AlgorithmConfig that replace the preset's, such as kl_coef. kl_coef has no
             effect where kl_placement is `none`, gamma only has one for estimator `reinforce_pp`.
 
     Raises:
-        ValueError: an unknown preset or setting, no greedy_rewards for `remax`, group_ids out of range.
+        ValueError: an unknown preset or setting, a value that it cannot have, a wrong shape, no greedy_rewards
+            for `remax`, group_ids out of range.
     """
     settings = algorithm_config(preset, **overrides)
+    rows, columns = loss_mask.shape
+    require_shape((rows, columns), kl=kl)
+    require_shape((rows,), rewards=rewards, group_ids=group_ids, greedy_rewards=greedy_rewards)
     reduce_sum = reduce_sum or (lambda x: x)
     kl = kl.double().masked_fill(loss_mask == 0, 0.0)
     scores = rewards.double()

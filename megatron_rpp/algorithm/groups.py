@@ -25,6 +25,7 @@ def group_moments(x: Tensor, group_ids: Tensor, reduce_sum: ReduceSum) -> Moment
     size = _table_size(group_ids, reduce_sum)
     moments = two_pass_moments(
         x.double(),
+        torch.bincount(group_ids, minlength=size).double(),
         lambda v: torch.zeros(size, dtype=torch.float64, device=v.device).index_add(0, group_ids, v),
         lambda cells: cells[group_ids],
         reduce_sum,

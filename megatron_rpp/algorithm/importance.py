@@ -32,7 +32,7 @@ def importance_weights(
         log_ratio = (old_logprobs - rollout_logprobs).double().masked_fill(~mask, 0.0)
         raw = log_ratio.exp()
         if settings.importance_correction == "truncated":
-            kept, weights = mask, raw.clamp(max=high)
+            kept, weights = torch.ones_like(mask), raw.clamp(max=high)
         elif settings.importance_correction == "masked":
             kept, weights = (raw >= low) & (raw <= high), raw
         else:
@@ -41,7 +41,7 @@ def importance_weights(
         weights = weights.masked_fill(~(kept & mask), 0.0)
         sums = {
             "importance/weight_mean": masked_sum(weights, loss_mask),
-            "importance/masked_fraction": masked_sum((~kept & mask).double(), loss_mask),
-            "importance/truncated_fraction": masked_sum(((raw > high) & kept & mask).double(), loss_mask),
+            "importance/masked_fraction": masked_sum((~kept).double().expand_as(raw), loss_mask),
+            "importance/truncated_fraction": masked_sum(((raw > high) & kept).double(), loss_mask),
         }
     return weights.to(old_logprobs.dtype), sums

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
+from megatron_rpp.config.presets import algorithm_config
 from megatron_rpp.config.schema import AlgorithmConfig
 
 
@@ -41,14 +44,17 @@ def kl_estimate(
     elif estimator == "k2":
         kl = k1.square() / 2
     elif estimator == "k3":
-        kl = (-k1).exp() - 1 + k1
+        kl = (-k1).expm1() + k1  # exp(-k1) - 1 would lose every digit of a small k1
     else:
         raise ValueError(f"kl_estimator={estimator} is not one of k1, k2, k3")
     return kl.clamp(-output_clamp, output_clamp) if output_clamp else kl
 
 
-def reward_kl(policy_logprobs: Tensor, ref_logprobs: Tensor, settings: AlgorithmConfig) -> Tensor:
-    """The KL estimate [B, S] that `settings` puts into the reward."""
+def reward_kl(
+    policy_logprobs: Tensor, ref_logprobs: Tensor, *, preset: str | AlgorithmConfig = "paper", **overrides: Any
+) -> Tensor:
+    """The KL estimate [B, S] that a preset puts into the reward, with its estimator and clamps."""
+    settings: AlgorithmConfig = algorithm_config(preset, **overrides)
     return kl_estimate(
         policy_logprobs, ref_logprobs, settings.kl_estimator, settings.kl_clamp, settings.kl_output_clamp
     )

@@ -37,7 +37,11 @@ class Moments:
 
 
 def two_pass_moments(
-    x: Tensor, total: Callable[[Tensor], Tensor], spread: Callable[[Tensor], Tensor], reduce_sum: ReduceSum
+    x: Tensor,
+    count: Tensor,
+    total: Callable[[Tensor], Tensor],
+    spread: Callable[[Tensor], Tensor],
+    reduce_sum: ReduceSum,
 ) -> Moments:
     """Moments by the corrected two-pass algorithm (Chan, Golub, LeVeque 1983), one all-reduce a pass.
 
@@ -45,10 +49,11 @@ def two_pass_moments(
 
     Args:
         x: values, float64.
+        count: how many of them there are here, in one cell or one a group; float64.
         total: local sum of values shaped like x, into one cell or one a group.
         spread: cells back to the values that they belong to.
     """
-    count, first = reduce_sum(torch.stack([total(torch.ones_like(x)), total(x)]))
+    count, first = reduce_sum(torch.stack([count, total(x)]))
     divisor = count.clamp(min=1.0)
     center = first / divisor
     deviation = x - spread(center)
@@ -65,7 +70,8 @@ def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
 
 def global_moments(x: Tensor, mask: Tensor, reduce_sum: ReduceSum) -> Moments:
     """Moments of masked x [B, S] over the global batch, scalars. A rank with an empty mask takes part with zeros."""
-    return two_pass_moments(x.double(), lambda v: masked_sum(v, mask), lambda cell: cell, reduce_sum)
+    count = (mask != 0).sum().double()
+    return two_pass_moments(x.double(), count, lambda v: masked_sum(v, mask), lambda cell: cell, reduce_sum)
 
 
 def whiten(x: Tensor, mask: Tensor, moments: Moments, *, ddof: int = 0, floor: str = "clamp") -> Tensor:

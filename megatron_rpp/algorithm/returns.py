@@ -15,6 +15,8 @@ def token_rewards(scores: Tensor, kl: Tensor, loss_mask: Tensor, kl_coef: float)
         loss_mask: [B, S], 1 on response tokens; a row without any carries no score.
     """
     per_token = (-kl_coef * kl.double()).masked_fill(loss_mask == 0, 0.0)
+    if loss_mask.shape[1] == 0:
+        return per_token
     positions = torch.arange(loss_mask.shape[1], device=loss_mask.device)
     last = torch.where(loss_mask != 0, positions, -1).amax(dim=1)  # [B], -1 for an empty row
     has_response = last >= 0
@@ -42,15 +44,16 @@ def discounted_returns(token_rewards: Tensor, loss_mask: Tensor, gamma: float, *
 def _has_holes(mask: Tensor) -> bool:
     """Whether a row of the boolean mask [B, S] has more than one run of response tokens."""
     starts = mask[:, 1:] & ~mask[:, :-1]
-    return bool((starts.sum(dim=1) + mask[:, 0] > 1).any())
+    return bool((starts.sum(dim=1) + mask[:, :1].sum(dim=1) > 1).any())
 
 
 def _discounted_suffix_sums(x: Tensor, gamma: float) -> Tensor:
-    """y_t = sum over u >= t of gamma^(u - t) x_u along the last dimension, [B, S], by doubling: log2(S) passes.
+    """y_t = sum over u >= t of gamma^(u - t) x_u along the last dimension, [B, S].
 
-    After the pass with stride s, y_t holds the terms of u < t + 2s. Terms are added in pairs, so rounding
-    errors do not grow with the length of a response.
+    With a discount by doubling, in log2(S) passes: after the one with stride s, y_t holds u < t + 2s.
     """
+    if gamma == 1:
+        return x.flip(1).cumsum(1).flip(1)
     y, stride = x.clone(), 1
     while stride < x.shape[1] and gamma**stride > 0:
         y[:, :-stride] += gamma**stride * y[:, stride:]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_rpp.algorithm.groups import group_moments
-from megatron_rpp.algorithm.masked import MIN_VARIANCE, Moments, ReduceSum, two_pass_moments
+from megatron_rpp.algorithm.masked import MIN_VARIANCE, Moments, ReduceSum, global_moments
 
 _MAX_KL_ERROR = 0.2  # arXiv 1909.08593, equation 5
 
@@ -39,7 +39,7 @@ class RunningMoments:
 
 def reward_moments(rewards: Tensor, reduce_sum: ReduceSum) -> Moments:
     """Moments of rewards [B] over the global batch, scalars."""
-    return two_pass_moments(rewards.double(), torch.Tensor.sum, lambda cell: cell, reduce_sum)
+    return global_moments(rewards, torch.ones_like(rewards), reduce_sum)
 
 
 def group_normalized(rewards: Tensor, group_ids: Tensor, reduce_sum: ReduceSum) -> Tensor:
@@ -69,9 +69,10 @@ def soft_overlong_penalty(lengths: Tensor, max_tokens: int, buffer_tokens: int, 
 def adapted_kl_coef(kl_coef: float, mean_kl: float, target: float, horizon: int, responses: float) -> float:
     """kl_coef after a batch of `responses` whose mean KL was `mean_kl` (arXiv 1909.08593, section 2.2).
 
-    It moves by at most 20 % of responses / horizon towards the target; target 0 leaves it.
+    It moves towards the target by at most 20 % of responses / horizon, and never by more than 20 %; target 0
+    leaves it.
     """
     if target == 0:
         return kl_coef
     error = min(max(mean_kl / target - 1.0, -_MAX_KL_ERROR), _MAX_KL_ERROR)
-    return kl_coef * (1.0 + error * responses / horizon)
+    return kl_coef * (1.0 + error * min(responses / horizon, 1.0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -13,7 +13,7 @@ class RunState:
     step: int  # rollout batches trained on; also the policy version
     prompts: dict[str, Any]  # cursor of the prompt source
     schedule: dict[str, Any]  # Megatron's OptimizerParamScheduler
-    shaping: dict[str, Any]  # engine.advantages.ShapingState
+    shaping: dict[str, Any] = field(default_factory=dict)  # engine.advantages.ShapingState
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

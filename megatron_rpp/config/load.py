@@ -10,8 +10,8 @@ from typing import Any, get_origin
 
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.fields import build, fields
-from megatron_rpp.config.presets import PRESETS
-from megatron_rpp.config.schema import AlgorithmConfig, Config
+from megatron_rpp.config.presets import preset_values
+from megatron_rpp.config.schema import Config
 from megatron_rpp.config.toml_text import dump_toml
 
 __all__ = ["ConfigError", "describe", "dump_toml", "load_config"]
@@ -20,28 +20,27 @@ COMMAND_LINE = "the command line"
 
 
 def load_config(toml_paths: Sequence[str], overrides: Sequence[str]) -> Config:
-    """The defaults, then algorithm.preset, then each file from left to right, then each `--section.key=value`.
+    """The defaults, then each file from left to right, then the command line's `--section.key=value`.
 
-    A later value replaces an earlier one whole, lists and `task_args` included; the last preset that is
-    named is the one that counts, and every key of `[algorithm]` that is set wins over it.
+    A later value replaces an earlier one whole, lists and `task_args` included. algorithm.preset stands for
+    the keys that it sets: it replaces what earlier files said, and a key beside it in the same file wins.
 
     Raises:
         ConfigError: a file that cannot be read or parsed, an unknown key or preset, or a wrong type.
     """
+    layers = [{k: _checked(k, v, path) for k, v in _leaves(_read_toml(path), "")} for path in toml_paths]
+    layers.append(dict(_parse_override(override) for override in overrides))
     values: dict[str, Any] = {}
-    for path in toml_paths:
-        for key, value in _leaves(_read_toml(path), ""):
-            values[key] = _checked(key, value, path)
-    for override in overrides:
-        key, value = _parse_override(override)
-        values[key] = value
-    return build(_preset_values(values.get("algorithm.preset", AlgorithmConfig.preset)) | values)
+    for layer in layers:
+        values |= _preset_values(layer) | layer
+    return build(values)
 
 
-def _preset_values(preset: str) -> dict[str, Any]:
-    if preset not in PRESETS:
-        raise ConfigError(f"algorithm.preset={preset} must be one of: {', '.join(PRESETS)}")
-    return {f"algorithm.{key}": value for key, value in PRESETS[preset].items()}
+def _preset_values(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Every key that the preset of a file or of the command line, if it names one, stands for."""
+    if "algorithm.preset" not in layer:
+        return {}
+    return {f"algorithm.{key}": value for key, value in preset_values(layer["algorithm.preset"]).items()}
 
 
 def describe() -> list[tuple[str, str, Any, str]]:

@@ -12,6 +12,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from megatron_rpp.config.errors import ConfigError
+from megatron_rpp.config.ranges import check_ranges
 from megatron_rpp.config.schema import AlgorithmConfig
 
 _OPENRLHF: Mapping[str, Any] = {
@@ -74,6 +75,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "remax": {"estimator": "remax"},
 }
 
+NOT_PRESET = ("num_samples_per_prompt",)
+"""Keys of `[algorithm]` that no preset sets."""
+
 GROUP_ESTIMATORS = ("reinforce_pp_baseline", "grpo", "dr_grpo", "rloo")
 """Estimators whose baseline comes from the other responses to the same prompt."""
 
@@ -82,22 +86,32 @@ def algorithm_config(preset: str | AlgorithmConfig = "paper", **overrides: Any) 
     """The settings of a named preset, or of a whole configuration, with `overrides` (keys of `[algorithm]`).
 
     Raises:
-        ConfigError: an unknown preset or key, with the nearest one that exists.
+        ConfigError: an unknown preset or key, or a value that the key cannot have.
     """
-    known = {field.name for field in fields(AlgorithmConfig)}
+    base = preset if isinstance(preset, AlgorithmConfig) else AlgorithmConfig(preset=preset, **_settings(preset))
+    if not overrides:
+        return base
     for key in overrides:
-        if key not in known:
-            raise ConfigError(f"unknown setting {key}; {_did_you_mean(key, known)}")
-    base = preset if isinstance(preset, AlgorithmConfig) else _named(preset)
+        if key not in _KEYS:
+            raise ConfigError(f"unknown setting {key}; {_did_you_mean(key)}")
+    check_ranges({f"algorithm.{key}": value for key, value in overrides.items()})
     return replace(base, **overrides)
 
 
-def _named(preset: str) -> AlgorithmConfig:
+def preset_values(preset: str) -> dict[str, Any]:
+    """Every key of `[algorithm]` that a preset stands for, with its value. ConfigError for an unknown preset."""
+    return {key: value for key, value in vars(algorithm_config(preset)).items() if key not in NOT_PRESET}
+
+
+def _settings(preset: str) -> Mapping[str, Any]:
     if preset not in PRESETS:
         raise ConfigError(f"algorithm.preset={preset} must be one of: {', '.join(PRESETS)}")
-    return AlgorithmConfig(preset=preset, **PRESETS[preset])
+    return PRESETS[preset]
 
 
-def _did_you_mean(key: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(key, sorted(known), n=1)
-    return f"did you mean {near[0]}?" if near else f"the settings are: {', '.join(sorted(known))}"
+_KEYS = {field.name for field in fields(AlgorithmConfig)}
+
+
+def _did_you_mean(key: str) -> str:
+    near = difflib.get_close_matches(key, sorted(_KEYS), n=1)
+    return f"did you mean {near[0]}?" if near else f"the settings are: {', '.join(sorted(_KEYS))}"

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_rpp.config.errors import ConfigError
-from megatron_rpp.config.fields import fields, flatten
-from megatron_rpp.config.presets import PRESETS
-from megatron_rpp.config.schema import Config
+from megatron_rpp.config.fields import fields
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
     "model.layer_spec": ("auto", "te", "local"),
-    "algorithm.preset": tuple(PRESETS),
     "algorithm.estimator": ("reinforce_pp", "reinforce_pp_baseline", "grpo", "dr_grpo", "rloo", "remax"),
     "algorithm.kl_placement": ("to_go", "folded", "instant", "none"),
     "algorithm.kl_estimator": ("k1", "k2", "k3"),
@@ -129,22 +126,20 @@ RANGES: dict[Range, tuple[str, ...]] = {
 }
 
 
-def check_ranges(config: Config) -> None:
-    """Every setting is one of its choices or within its range. Raises ConfigError."""
-    values = flatten(config)
+_RANGE_OF = {key: wanted for wanted, keys in RANGES.items() for key in keys}
+
+
+def check_ranges(values: Mapping[str, Any]) -> None:
+    """Every setting, by dotted key, is one of its choices or within its range. Raises ConfigError."""
     for key, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}={value} must be a finite number")
-    for key, choices in CHOICES.items():
-        if values[key] not in choices:
-            raise ConfigError(f"{key}={values[key]} must be one of: {', '.join(choices)}")
-    for wanted, keys in RANGES.items():
-        for key in keys:
-            if not wanted.holds(values[key]):
-                raise ConfigError(f"{key}={values[key]} must be {wanted.words}")
+        if key in CHOICES and value not in CHOICES[key]:
+            raise ConfigError(f"{key}={value} must be one of: {', '.join(CHOICES[key])}")
+        if key in _RANGE_OF and not _RANGE_OF[key].holds(value):
+            raise ConfigError(f"{key}={value} must be {_RANGE_OF[key].words}")
 
 
 def unchecked_numbers() -> list[str]:
     """The numeric settings that no range covers."""
-    ranged = {key for keys in RANGES.values() for key in keys}
-    return [key for key, item in fields().items() if item.type in (int, float) and key not in ranged]
+    return [key for key, item in fields().items() if item.type in (int, float) and key not in _RANGE_OF]

@@ -58,7 +58,7 @@ class AlgorithmConfig:
     """Advantages and policy loss. The defaults are the preset `paper`; see docs/algorithm.md for all of them."""
 
     preset: str = "paper"
-    """Named settings for every key below but num_samples_per_prompt; keys that are set besides it win."""
+    """Named settings for every key below but num_samples_per_prompt; keys set beside it win, earlier files do not."""
     num_samples_per_prompt: int = 4
     """Responses sampled for each prompt."""
 
@@ -114,7 +114,12 @@ class AlgorithmConfig:
     importance_low: float = 0.5
     """masked drops tokens, sequence_masked responses, whose weight is below this."""
     importance_high: float = 2.0
-    """truncated caps weights at this; masked and sequence_masked drop above it."""
+    """truncated and sequence_masked cap weights at this; masked drops tokens, sequence_masked responses, above it."""
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether a KL is in the reward or in the loss; else no reference model is built."""
+        return bool(self.kl_coef or self.kl_loss_coef)
 
 
 @dataclass(frozen=True)

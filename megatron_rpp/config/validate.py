@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from megatron_rpp.config.algorithm import check_algorithm
 from megatron_rpp.config.errors import ConfigError
+from megatron_rpp.config.fields import flatten
 from megatron_rpp.config.hf_config import read_hf_config
 from megatron_rpp.config.models import check_split, read_model_config
 from megatron_rpp.config.ranges import check_ranges
@@ -26,7 +27,7 @@ def validate(config: Config, command: Command) -> None:
     Raises:
         ConfigError: the first value that must change, and to what.
     """
-    check_ranges(config)
+    check_ranges(flatten(config))
     template_names(config.data.prompt_template)
     if command == "sft":
         _check_sft(config)

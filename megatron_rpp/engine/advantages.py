@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_rpp.algorithm.advantages import compute_advantages
 from megatron_rpp.algorithm.kl import reward_kl
-from megatron_rpp.algorithm.masked import ReduceSum, global_moments
+from megatron_rpp.algorithm.masked import ReduceSum, global_moments, masked_sum
 from megatron_rpp.algorithm.shaping import (
     RunningMoments,
     adapted_kl_coef,
@@ -18,7 +18,7 @@ from megatron_rpp.algorithm.shaping import (
     reward_moments,
     soft_overlong_penalty,
 )
-from megatron_rpp.config.schema import AlgorithmConfig, Config
+from megatron_rpp.config.schema import Config
 from megatron_rpp.experience.types import ExperienceBatch
 from megatron_rpp.parallel.collectives import share_tensors, sum_over
 from megatron_rpp.parallel.context import ParallelContext
@@ -28,19 +28,13 @@ from megatron_rpp.parallel.context import ParallelContext
 class ShapingState:
     """What shaping carries from step to step, and a checkpoint keeps. The same on every rank."""
 
-    kl_coef: float
-    rewards: RunningMoments
+    kl_coef: float | None = None  # as the adaptive controller left it; None: the configuration's
+    rewards: RunningMoments = RunningMoments()  # noqa: RUF009 - frozen
 
     @classmethod
-    def start(cls, algorithm: AlgorithmConfig) -> ShapingState:
-        """Before the first step."""
-        return cls(algorithm.kl_coef, RunningMoments())
-
-    @classmethod
-    def resume(cls, saved: dict[str, Any], algorithm: AlgorithmConfig) -> ShapingState:
-        """From `asdict` of a checkpoint's; a kl_coef that no controller moves is the present configuration's."""
-        kl_coef = saved["kl_coef"] if algorithm.kl_target else algorithm.kl_coef
-        return cls(kl_coef, RunningMoments(**saved["rewards"]))
+    def from_dict(cls, saved: dict[str, Any]) -> ShapingState:
+        """From what `asdict` made of one, or from nothing."""
+        return cls(saved["kl_coef"], RunningMoments(**saved["rewards"])) if saved else cls()
 
 
 def add_advantages(
@@ -49,41 +43,52 @@ def add_advantages(
     """(`batch`, scored, with advantages [B, S]; the next step's state; metrics).
 
     The metrics are advantage/mean and advantage/std after normalization, reward/shaped_mean, the mean of what
-    the estimator was given, and kl/coef. A collective over the whole job; a replica without response tokens
-    takes part.
+    the estimator was given, and with a reference kl/mean and kl/coef. A collective over the whole job; a
+    replica without response tokens takes part.
     """
-    on_last = _compute(batch, config, sum_over(parallel.dp_group), state) if parallel.is_last_stage else None
-    shared = share_tensors(parallel.pp_group, on_last, parallel.pp_size - 1, parallel.device)
-    kl_coef, count, mean, squares, *metrics = shared["scalars"].tolist()
-    names = ("advantage/mean", "advantage/std", "reward/shaped_mean")
-    following = ShapingState(kl_coef, RunningMoments(count, mean, squares))
-    found = {**dict(zip(names, metrics, strict=True)), "kl/coef": state.kl_coef}
-    return replace(batch, advantages=shared["advantages"]), following, found
-
-
-def _compute(batch: ExperienceBatch, config: Config, reduce_sum: ReduceSum, state: ShapingState) -> dict[str, Tensor]:
-    """The advantages, and as `scalars` the next state followed by the metrics."""
-    assert batch.old_logprobs is not None and batch.ref_logprobs is not None, "score the batch first"
     algorithm = config.algorithm
-    rewards, running = shaped_rewards(batch, config, reduce_sum, state.rewards)
-    kl = reward_kl(batch.old_logprobs, batch.ref_logprobs, algorithm)
+    kl_coef = algorithm.kl_coef if state.kl_coef is None or not algorithm.kl_target else state.kl_coef
+    on_last = (
+        _compute(batch, config, kl_coef, state.rewards, sum_over(parallel.dp_group)) if parallel.is_last_stage else None
+    )
+    shared = share_tensors(parallel.pp_group, on_last, parallel.pp_size - 1, parallel.device)
+    mean, std, shaped, mean_kl, responses, *moments = shared["scalars"].tolist()
+    metrics = {"advantage/mean": mean, "advantage/std": std, "reward/shaped_mean": shaped}
+    if algorithm.uses_reference:
+        metrics |= {"kl/mean": mean_kl, "kl/coef": kl_coef}
+    following = ShapingState(rewards=RunningMoments(*moments))
+    if algorithm.kl_target:
+        adapted = adapted_kl_coef(kl_coef, mean_kl, algorithm.kl_target, algorithm.kl_horizon, responses)
+        following = replace(following, kl_coef=adapted)
+    return replace(batch, advantages=shared["advantages"]), following, metrics
+
+
+def _compute(
+    batch: ExperienceBatch, config: Config, kl_coef: float, running: RunningMoments, reduce_sum: ReduceSum
+) -> dict[str, Tensor]:
+    """The advantages, and as `scalars`: their mean and deviation, mean reward, mean KL, responses, running moments."""
+    assert batch.old_logprobs is not None, "score the batch first"
+    algorithm, mask = config.algorithm, batch.loss_mask
+    rewards, running = shaped_rewards(batch, config, reduce_sum, running)
+    kl = torch.zeros_like(batch.old_logprobs)
+    if batch.ref_logprobs is not None:
+        kl = reward_kl(batch.old_logprobs, batch.ref_logprobs, preset=algorithm)
     advantages = compute_advantages(
         rewards,
         kl,
-        batch.loss_mask,
+        mask,
         batch.group_ids,
         preset=algorithm,
         reduce_sum=reduce_sum,
         greedy_rewards=batch.greedy_rewards,
-        kl_coef=state.kl_coef,
+        kl_coef=kl_coef,
     )
-    after = global_moments(advantages, batch.loss_mask, reduce_sum)
-    given = reward_moments(rewards, reduce_sum)
-    mean_kl = float(global_moments(kl, batch.loss_mask, reduce_sum).mean)
-    kl_coef = adapted_kl_coef(state.kl_coef, mean_kl, algorithm.kl_target, algorithm.kl_horizon, float(given.count))
-    known = torch.tensor([kl_coef, running.count, running.mean, running.squares], dtype=torch.float64)
-    metrics = torch.stack([after.mean, after.variance.sqrt(), given.mean])
-    return {"advantages": advantages.float(), "scalars": torch.cat([known.to(metrics.device), metrics])}
+    after = global_moments(advantages, mask, reduce_sum)
+    local = [rewards.sum(), masked_sum(kl.double(), mask), rewards.new_tensor(float(len(batch)))]
+    total_reward, total_kl, responses = reduce_sum(torch.stack(local))
+    scalars = [after.mean, after.variance.sqrt(), total_reward / responses, total_kl / after.count.clamp(min=1.0)]
+    known = rewards.new_tensor([running.count, running.mean, running.squares])
+    return {"advantages": advantages.float(), "scalars": torch.cat([torch.stack([*scalars, responses]), known])}
 
 
 def shaped_rewards(

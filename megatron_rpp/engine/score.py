@@ -13,16 +13,16 @@ from megatron_rpp.experience.types import ExperienceBatch
 from megatron_rpp.model.build import Model
 
 
-def score(batch: ExperienceBatch, policy: Model, reference: Model, config: Config) -> ExperienceBatch:
-    """`batch` with old_logprobs, entropy and ref_logprobs, each [B, S] float32, on every stage."""
+def score(batch: ExperienceBatch, policy: Model, reference: Model | None, config: Config) -> ExperienceBatch:
+    """`batch` with old_logprobs, entropy and, of a reference, ref_logprobs; each [B, S] float32, on every stage."""
     width = batch.tokens.shape[1]
     of_policy = _score_one(batch, policy, config)
-    of_reference = _score_one(batch, reference, config)
+    of_reference = _score_one(batch, reference, config)["logprobs"][:, :width] if reference is not None else None
     return replace(
         batch,
         old_logprobs=of_policy["logprobs"][:, :width],
         entropy=of_policy["entropy"][:, :width],
-        ref_logprobs=of_reference["logprobs"][:, :width],
+        ref_logprobs=of_reference,
     )
 
 

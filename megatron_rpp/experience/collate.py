@@ -31,8 +31,10 @@ def collate(
         tokens=tokens.to(device),
         loss_mask=loss_mask.to(device),
         rollout_logprobs=rollout_logprobs.to(device),
-        rewards=torch.tensor(list(rewards), dtype=torch.float32, device=device),
-        greedy_rewards=None if greedy_rewards is None else torch.tensor(list(greedy_rewards), device=device),
+        rewards=torch.tensor(list(rewards), dtype=torch.float64, device=device),
+        greedy_rewards=(
+            None if greedy_rewards is None else torch.tensor(list(greedy_rewards), dtype=torch.float64, device=device)
+        ),
         group_ids=torch.tensor([r.group_id for r in rollouts], device=device),
     )
 

@@ -55,9 +55,9 @@ class ExperienceBatch:
     tokens: Tensor  # [B, S] int64, padded on the right
     loss_mask: Tensor  # [B, S] float32, 1 on trained response tokens
     rollout_logprobs: Tensor  # [B, S] float32, 0 where loss_mask is 0
-    rewards: Tensor  # [B] float32
+    rewards: Tensor  # [B] float64
     group_ids: Tensor  # [B] int64, position of the prompt in the global batch
-    greedy_rewards: Tensor | None = None  # [B] float32, of the greedy response to the prompt (ReMax)
+    greedy_rewards: Tensor | None = None  # [B] float64, of the greedy response to the prompt (ReMax)
     old_logprobs: Tensor | None = None  # [B, S] float32
     ref_logprobs: Tensor | None = None  # [B, S] float32
     entropy: Tensor | None = None  # [B, S] float32, of the policy's distribution at each token

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ def draw(run_dir: str | Path) -> Path:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(loc="best")
-    upper.set_title(f"REINFORCE++: {Path(run_dir).resolve().name}")
+    upper.set_title(_title(Path(run_dir)))
     path = Path(run_dir) / "curve.png"
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -57,6 +58,14 @@ def summary(run_dir: str | Path) -> str:
             gain = 100 * (last - first)
             parts.append(f"{name} {first:.1%} (step {first_step}) -> {last:.1%} (step {last_step}), {gain:+.1f} points")
     return "; ".join(parts) if len(parts) > 1 else f"{parts[0]}; never evaluated"
+
+
+def _title(run_dir: Path) -> str:
+    """The run's name, and the preset that its config.toml names."""
+    config = run_dir / "config.toml"
+    settings = tomllib.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    preset = settings.get("algorithm", {}).get("preset", "")
+    return f"{run_dir.resolve().name} ({preset})" if preset else run_dir.resolve().name
 
 
 def _read(run_dir: str | Path) -> Steps:

@@ -86,7 +86,7 @@ def train_once(
     config: Config, parallel: ParallelContext, policy: Model, batch: ExperienceBatch
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(loss, advantages and metrics, gradients of this stage by Hugging Face name)."""
-    batch, _, _ = add_advantages(batch, config, parallel, ShapingState.start(config.algorithm))
+    batch, _, _ = add_advantages(batch, config, parallel, ShapingState())
     for chunk in policy.chunks:
         chunk.zero_grad_buffer()
     algorithm = replace(config.algorithm, loss_constant=WIDTH)

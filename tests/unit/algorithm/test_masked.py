@@ -79,6 +79,12 @@ def test_deviations_are_corrected_for_the_rounding_of_the_mean() -> None:
     assert moments.deviation(x)[0].tolist() == pytest.approx([float(d) for d in exact], rel=1e-14)
 
 
+def test_whitening_where_the_mean_is_no_floating_point_number() -> None:
+    """1e16 and 1e16 + 2: the mean between them rounds to 1e16; uncorrected they would be 0 and 1.41."""
+    x = torch.tensor([[1e16, 1e16 + 2]], dtype=torch.float64)
+    assert whitened(x, torch.ones(1, 2))[0].tolist() == [-1.0, 1.0]
+
+
 def test_below_the_variance_floor_values_are_divided_by_1e_minus_4() -> None:
     x, mask = torch.tensor([[1e-6, -1e-6]], dtype=torch.float64), torch.ones(1, 2)
     assert whitened(x, mask)[0].tolist() == pytest.approx([1e-2, -1e-2])

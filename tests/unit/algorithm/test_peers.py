@@ -32,7 +32,7 @@ def experience(batch: Batch, log_ratio: Tensor, beta: float, gamma: float = 1.0)
 
 def found_and_expected(preset: str, batch: Batch, log_ratio: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
     """Ours, with the KL that the preset estimates from log pi_old = log_ratio and log pi_ref = 0; the peer's."""
-    kl = reward_kl(log_ratio, torch.zeros_like(log_ratio), algorithm_config(preset))
+    kl = reward_kl(log_ratio, torch.zeros_like(log_ratio), preset=preset)
     ours = compute_advantages(**{**batch, "kl": kl}, preset=preset, **settings)
     beta = settings.get("kl_coef", algorithm_config(preset).kl_coef)
     theirs = ADVANTAGES[preset](experience(batch, log_ratio, beta, settings.get("gamma", 1.0)))

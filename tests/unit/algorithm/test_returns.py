@@ -39,6 +39,20 @@ def test_returns_match_the_worked_example() -> None:
     assert found[0].tolist() == pytest.approx(RETURNS, abs=1e-15)
 
 
+def test_returns_may_be_discounted_over_every_token() -> None:
+    """skip_masked=False: from position 4 to 2 the observation counts: 0.25 / 4 - 0.1 = -0.0375; -0.05 - 0.0375 / 2."""
+    rewards = torch.tensor([TOKEN_REWARDS], dtype=torch.float64)
+    found = discounted_returns(rewards, MASK, gamma=0.5, skip_masked=False)
+    assert found[0].tolist() == pytest.approx([0, -0.06875, -0.0375, 0, 0.25, 0.5, 0.8, 0], abs=1e-15)
+
+
+def test_a_row_without_a_hole_beside_one_with_a_hole_keeps_its_distances() -> None:
+    """R = 1 at the end, gamma 0.5. A shortcut for masks without holes must ask every row."""
+    mask = torch.tensor([[0.0, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]])
+    found = discounted_returns(token_rewards(torch.ones(3), torch.zeros(3, 4), mask, 0.0), mask, gamma=0.5)
+    assert found.tolist() == [[0, 0.25, 0.5, 1], [0.5, 0, 1, 0], [0, 0, 0, 0]]
+
+
 def test_each_row_gets_its_own_reward_and_an_empty_row_gets_none() -> None:
     mask = torch.tensor([[0.0, 1, 1], [0, 0, 0], [1, 0, 0]])
     found = token_rewards(torch.tensor([1.0, 5.0, -2.0]), torch.zeros(3, 3), mask, kl_coef=0.1)

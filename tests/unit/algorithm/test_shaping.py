@@ -142,3 +142,7 @@ def test_the_adaptive_coefficient_stays_positive_over_many_batches(
     for _ in range(steps):
         kl_coef = adapted_kl_coef(kl_coef, mean_kl, target=0.1, horizon=5000, responses=responses)
         assert 0 < kl_coef < float("inf")
+
+
+def test_kl_coef_stays_positive_where_a_batch_is_longer_than_the_horizon() -> None:
+    assert adapted_kl_coef(0.01, 0.0, target=0.1, horizon=100, responses=1024) == pytest.approx(0.008)

@@ -14,6 +14,7 @@ import pytest
 from megatron_rpp.config import Config
 from megatron_rpp.config.algorithm import check_algorithm
 from megatron_rpp.config.errors import ConfigError
+from megatron_rpp.config.fields import flatten
 from megatron_rpp.config.load import dump_toml, load_config
 from megatron_rpp.config.presets import GROUP_ESTIMATORS, PRESETS, algorithm_config
 from megatron_rpp.config.ranges import CHOICES, check_ranges
@@ -61,7 +62,7 @@ def test_every_preset_is_a_valid_configuration(preset: str) -> None:
     assert config.algorithm == algorithm_config(preset)
     assert config.algorithm.preset == preset
     assert config.algorithm.num_samples_per_prompt == 4
-    check_ranges(config)
+    check_ranges(flatten(config))
     check_algorithm(config)
 
 
@@ -126,6 +127,21 @@ def test_an_unknown_preset_error_names_the_presets(tmp_path: Path) -> None:
         assert str(caught.value) == expected
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("estimator", "reinforce++", "algorithm.estimator=reinforce.. must be one of: reinforce_pp, "),
+        ("kl_placement", "instantaneous", "algorithm.kl_placement=instantaneous must be one of: to_go, "),
+        ("loss_aggregation", "token-mean", "algorithm.loss_aggregation=token-mean must be one of: token_mean, "),
+        ("importance_correction", "tis", "algorithm.importance_correction=tis must be one of: off, truncated, "),
+        ("variance_ddof", 3, "algorithm.variance_ddof=3 must be 0 or 1"),
+    ],
+)
+def test_a_value_that_no_code_knows_is_an_error_not_another_algorithm(key: str, value: object, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        algorithm_config("paper", **{key: value})
+
+
 def test_overrides_replace_settings_of_a_preset_and_of_a_whole_configuration() -> None:
     config = algorithm_config("verl", dual_clip=0.0, kl_coef=0.5)
     assert (config.dual_clip, config.kl_coef, config.variance_ddof) == (0.0, 0.5, 1)
@@ -137,12 +153,21 @@ VERL = '[algorithm]\npreset = "verl"\n'
 DUAL_CLIP = "[algorithm]\ndual_clip = 5.0\n"
 
 
-@pytest.mark.parametrize("texts", [(VERL, DUAL_CLIP), (DUAL_CLIP, VERL), (VERL + "dual_clip = 5.0\n",)])
-def test_an_explicit_key_wins_over_the_preset_whichever_comes_first(tmp_path: Path, texts: tuple[str, ...]) -> None:
-    """A preset in a later file, or on the command line, must not silently undo a setting."""
-    expected = algorithm_config("verl", dual_clip=5.0)
-    assert load(tmp_path, *texts).algorithm == expected
-    assert load(tmp_path, *texts, overrides=("--algorithm.preset=verl",)).algorithm == expected
+@pytest.mark.parametrize("texts", [(VERL, DUAL_CLIP), (VERL + "dual_clip = 5.0\n",)])
+def test_a_key_beside_or_after_the_preset_wins_over_it(tmp_path: Path, texts: tuple[str, ...]) -> None:
+    assert load(tmp_path, *texts).algorithm == algorithm_config("verl", dual_clip=5.0)
+
+
+def test_a_later_preset_replaces_what_earlier_files_said(tmp_path: Path) -> None:
+    """Else a run's own config.toml, which holds every key, with another preset would keep all but its name."""
+    resolved = dump_toml(load(tmp_path, VERL + "kl_coef = 0.5\nnum_samples_per_prompt = 16\n"))
+    for found in (
+        load(tmp_path, DUAL_CLIP, VERL),
+        load(tmp_path, resolved, VERL),
+        load(tmp_path, resolved, overrides=("--algorithm.preset=verl",)),
+    ):
+        assert replace(found.algorithm, num_samples_per_prompt=4) == algorithm_config("verl")
+    assert found.algorithm.num_samples_per_prompt == 16, "no preset sets it"
 
 
 def test_an_explicit_key_with_the_value_of_the_default_wins_too(tmp_path: Path) -> None:
@@ -181,7 +206,7 @@ def test_the_config_toml_of_a_run_outlives_a_change_of_its_preset(
 ) -> None:
     """Resuming with a newer release must not change the algorithm of a run."""
     config = load_config([], ["--algorithm.preset=verl"])
-    monkeypatch.setattr("megatron_rpp.config.load.PRESETS", {**PRESETS, "verl": {"dual_clip": 9.0}})
+    monkeypatch.setattr("megatron_rpp.config.presets.PRESETS", {**PRESETS, "verl": {"dual_clip": 9.0}})
     assert load_config([], ["--algorithm.preset=verl"]).algorithm.dual_clip == 9.0
     assert load(tmp_path, dump_toml(config)) == config
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_rpp.algorithm.shaping import RunningMoments
+from megatron_rpp.config.presets import algorithm_config
 from megatron_rpp.config.schema import AlgorithmConfig, Config, RewardConfig, RolloutConfig
 from megatron_rpp.engine import advantages as module
 from megatron_rpp.engine.advantages import ShapingState, add_advantages, shaped_rewards
@@ -69,7 +70,7 @@ def run(
 def test_running_normalization_goes_on_from_the_last_steps_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """1, 3, then 5, 7: mean 4, population variance 5; the second batch becomes (1, 3) / sqrt 5."""
     settings = config(normalization="running")
-    _, state, first = run(monkeypatch, make_batch([2, 2], [1.0, 3.0]), settings, ShapingState(0.0, RunningMoments()))
+    _, state, first = run(monkeypatch, make_batch([2, 2], [1.0, 3.0]), settings, ShapingState())
     _, state, second = run(monkeypatch, make_batch([2, 2], [5.0, 7.0]), settings, state)
     assert (state.rewards.count, state.rewards.mean, state.rewards.squares) == (4.0, 4.0, 20.0)
     assert first["reward/shaped_mean"] == 0.0
@@ -79,8 +80,8 @@ def test_running_normalization_goes_on_from_the_last_steps_state(monkeypatch: py
 def test_adaptive_kl_coef_is_used_one_step_after_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """KL 0.5 per token against a target of 0.1 is far too high: up by 20 % of 2 / 20 responses."""
     settings = replace(config(), algorithm=AlgorithmConfig(kl_coef=0.1, kl_target=0.1, kl_horizon=20))
-    batch, start = make_batch([1, 3], [1.0, 0.0]), ShapingState.start(settings.algorithm)
-    first, state, metrics = run(monkeypatch, batch, settings, start)
+    batch = make_batch([1, 3], [1.0, 0.0])
+    first, state, metrics = run(monkeypatch, batch, settings, ShapingState())
     assert metrics["kl/coef"] == 0.1
     assert state.kl_coef == pytest.approx(0.1 * 1.02)
     second, _, metrics = run(monkeypatch, batch, settings, state)
@@ -89,8 +90,37 @@ def test_adaptive_kl_coef_is_used_one_step_after_it_was_measured(monkeypatch: py
     assert not torch.equal(first.advantages, second.advantages), "the state's kl_coef was not used"
 
 
-def test_without_a_controller_a_resumed_run_takes_the_present_kl_coef() -> None:
-    saved = asdict(ShapingState(0.7, RunningMoments(2.0, 1.0, 0.5)))
-    fixed = ShapingState.resume(saved, AlgorithmConfig(kl_coef=0.01))
-    assert fixed == ShapingState(0.01, RunningMoments(2.0, 1.0, 0.5))
-    assert ShapingState.resume(saved, AlgorithmConfig(kl_coef=0.01, kl_target=0.1)).kl_coef == 0.7
+@pytest.mark.parametrize(("kl_target", "used"), [(0.0, 0.01), (0.1, 0.7)])
+def test_without_a_controller_a_resumed_run_takes_the_present_kl_coef(
+    monkeypatch: pytest.MonkeyPatch, kl_target: float, used: float
+) -> None:
+    settings = replace(config(), algorithm=AlgorithmConfig(kl_coef=0.01, kl_target=kl_target))
+    state = ShapingState.from_dict(asdict(ShapingState(0.7, RunningMoments(2.0, 1.0, 0.5))))
+    _, following, metrics = run(monkeypatch, make_batch([2, 2], [1.0, 0.0]), settings, state)
+    assert metrics["kl/coef"] == used
+    assert following.rewards == RunningMoments(2.0, 1.0, 0.5)
+
+
+def test_a_controller_that_a_resumed_run_turns_on_starts_at_the_configured_kl_coef(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A coefficient that was 0 would stay 0 for ever."""
+    off = replace(config(), algorithm=AlgorithmConfig(kl_coef=0.0))
+    _, saved, _ = run(monkeypatch, make_batch([2, 2], [1.0, 0.0]), off, ShapingState())
+    on = replace(config(), algorithm=AlgorithmConfig(kl_coef=0.01, kl_target=0.1))
+    resumed = ShapingState.from_dict(asdict(saved))
+    assert run(monkeypatch, make_batch([2, 2], [1.0, 0.0]), on, resumed)[2]["kl/coef"] == 0.01
+
+
+def test_a_checkpoint_from_before_there_was_shaping_starts_afresh() -> None:
+    assert ShapingState.from_dict({}) == ShapingState()
+
+
+def test_kl_metric_is_the_token_mean_and_is_left_out_without_a_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """KL 0.5 at each of the four response tokens; padding does not count."""
+    batch = make_batch([1, 3], [1.0, 0.0])
+    assert run(monkeypatch, batch, config(), ShapingState())[2]["kl/mean"] == pytest.approx(0.5)
+    without = replace(config(), algorithm=algorithm_config("dr_grpo"))
+    found, _, metrics = run(monkeypatch, replace(batch, ref_logprobs=None), without, ShapingState())
+    assert "kl/mean" not in metrics and found.advantages is not None
+    assert found.advantages[0, 0] == 0.5
