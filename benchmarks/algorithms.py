@@ -105,8 +105,9 @@ def train(out: Path, run_dir: Path, task: str, algorithm: dict[str, Any], seed: 
             "run.dir": run_dir, "run.seed": seed, "run.steps": steps, "model.path": out / "sft",
             "parallel.pipeline": 1, "data.train.path": out / "start" / f"{task}.jsonl",
             "data.eval.path": out / "start" / "eval.jsonl", "rollout.num_prompts": 32, "train.batch_size": 64,
-            "train.micro_batch_size": 64, "optimizer.lr": 1e-4, "optimizer.warmup_steps": 20, "eval.interval": steps // 3,
-            "checkpoint.interval": 0, **{f"algorithm.{key}": value for key, value in algorithm.items()},
+            "train.micro_batch_size": 64, "optimizer.lr": 1e-4, "optimizer.warmup_steps": 20,
+            "eval.interval": steps // 3, "checkpoint.interval": 0,
+            **{f"algorithm.{key}": value for key, value in algorithm.items()},
         }  # fmt: skip
         _rpp("train", [f"--{key}={value}" for key, value in settings.items()], run_dir.with_suffix(".txt"))
     return time.monotonic() - started
@@ -125,7 +126,7 @@ def summary(task: str, name: str, run_dirs: Sequence[Path]) -> dict[str, Any]:
         figures["gap"].append(trained_on - steps[-1]["eval/accuracy"])
     row: dict[str, Any] = {"task": task, "algorithm": name}
     for key, values in figures.items():
-        row[key], row[f"{key}_sd"] = statistics.fmean(values), statistics.pstdev(values)
+        row[key], row[f"{key}_sd"] = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
     return row
 
 

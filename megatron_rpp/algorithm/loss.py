@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_rpp.algorithm.aggregation import token_weights
 from megatron_rpp.algorithm.importance import importance_weights
 from megatron_rpp.algorithm.kl import kl_estimate
 from megatron_rpp.algorithm.masked import masked_sum
@@ -86,24 +87,6 @@ _NO_SEQUENCE_COUNT = (
     "loss_aggregation={} divides by the responses of this call; if they are a part of the optimizer step, pass its "
     "global_sequence_count"
 )
-
-
-def token_weights(
-    loss_mask: Tensor, settings: AlgorithmConfig, token_count: float, sequence_count: float | None
-) -> Tensor:
-    """What each token's loss counts in the loss of the optimizer step, [B, S] float64, 0 outside the mask.
-
-    token_mean: 1 / token_count. sequence_mean: 1 / (tokens of its response x sequence_count). constant
-    (Dr. GRPO, arXiv 2503.20783): 1 / (loss_constant x sequence_count).
-    """
-    mask = loss_mask.double()
-    if settings.loss_aggregation == "token_mean":
-        return mask / max(token_count, 1.0)
-    lengths = mask.sum(dim=1, keepdim=True)
-    sequences = float((lengths > 0).sum()) if sequence_count is None else sequence_count
-    if settings.loss_aggregation == "constant":
-        return mask / (max(sequences, 1.0) * (settings.loss_constant or loss_mask.shape[1]))
-    return mask / (max(sequences, 1.0) * lengths.clamp(min=1.0))
 
 
 def _clipped(

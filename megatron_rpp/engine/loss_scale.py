@@ -4,7 +4,7 @@ We want, for one optimizer step over microbatches m of replicas d,
 
     grad = sum over d, m of grad(L_dm),    L_dm = sum over tokens t of w_t * loss_t,
 
-where the weights w_t (`algorithm.loss.token_weights`) hold the counts of the whole step, taken once before
+where the weights w_t (`algorithm.aggregation.token_weights`) hold the counts of the whole step, taken once before
 it: 1 / N for the token mean, with N the response tokens of all d and m. Then `grad` is the gradient of the
 step's loss, whatever the layout. Megatron (0.16) would multiply L_dm by these factors; each becomes 1:
 
