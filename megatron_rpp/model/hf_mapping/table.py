@@ -37,3 +37,7 @@ class Family:
                 index = match.group(1) if match.groups() else ""
                 return rule, tuple(name.format(i=index) for name in rule.hf)
         raise KeyError(f"no rule maps the Megatron parameter {megatron_name}; add one to hf_mapping")
+
+    def hf_names(self, num_layers: int) -> set[str]:
+        """Every Hugging Face tensor that a model of `num_layers` layers may have."""
+        return {name.format(i=i) for rule in self.rules for name in rule.hf for i in range(num_layers)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from megatron_rpp.config.hf_config import HFConfig, read_hf_config
 from megatron_rpp.model import export_hf
 from megatron_rpp.model.build import Model
-from megatron_rpp.model.load_hf import HFTensors, load_hf_weights
+from megatron_rpp.model.load_hf import load_hf_weights
 from megatron_rpp.model.shards import sharded_parameters
 from tests.support.tiny_models import save_tiny
 
@@ -173,15 +174,12 @@ def test_a_parameter_without_a_rule_is_an_error_that_names_it(tmp_path: Path) ->
         load([odd], path)
 
 
-def test_sharded_checkpoints_are_read_through_their_index(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
-    save_file({"b": torch.zeros(3)}, tmp_path / "y.safetensors")
-    index = '{"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}'
-    (tmp_path / "model.safetensors.index.json").write_text(index)
-    tensors = HFTensors(str(tmp_path))
-    assert torch.equal(tensors.read("a"), torch.ones(2)) and torch.equal(tensors.read("b"), torch.zeros(3))
-
-
-def test_a_directory_without_safetensors_is_refused_by_path(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"{tmp_path} holds no model\.safetensors"):
-        HFTensors(str(tmp_path))
+@pytest.mark.parametrize("name", ["model.layers.4.mlp.up_proj.weight", "model.layers.0.mlp.router.weight"])
+def test_a_tensor_that_the_architecture_does_not_have_is_an_error_that_names_it(name: str, tmp_path: Path) -> None:
+    """Left out in silence, a fifth layer or an adapter would give another model."""
+    path = save_tiny("llama", tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    save_file({**tensors, name: torch.ones(3)}, path / "model.safetensors")
+    with pytest.raises(ValueError, match=re.escape(name)) as error:
+        load([stage(read_hf_config(str(path)))], path)
+    assert str(path) in str(error.value)

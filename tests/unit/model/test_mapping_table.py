@@ -83,8 +83,7 @@ def test_table_and_transformers_checkpoint_have_the_same_names(family: str, tmp_
     hf = read_hf_config(str(path))
     with safe_open(str(path / "model.safetensors"), "pt") as f:
         stored = set(f.keys())
-    rules = find_family(hf.architecture).rules
-    named = {name.format(i=i) for rule in rules for name in rule.hf for i in range(hf.num_layers)}
+    named = find_family(hf.architecture).hf_names(hf.num_layers)
     assert named - ({"lm_head.weight"} if hf.tied_embeddings else set()) == stored
 
 
