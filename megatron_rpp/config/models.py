@@ -9,7 +9,7 @@ from typing import Any
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.schema import ParallelConfig
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Hugging Face architectures that have a mapping table."""
 
 

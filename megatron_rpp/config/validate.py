@@ -33,13 +33,13 @@ def validate(config: Config, command: Command) -> None:
         _check_sft(config)
         return
     model = read_model_config("model.path", config.model.path)
-    read_hf_config(config.model.path)  # refuses what the engine does not run
+    hf = read_hf_config(config.model.path)  # refuses what the engine does not run
     check_split(config.parallel, model)
     if config.reward.correct == config.reward.wrong:
         raise ConfigError(f"reward.correct={config.reward.correct} must differ from reward.wrong")
     check_algorithm(config)
     _check_batches(config)
-    _check_lengths(config, model)
+    _check_lengths(config, model, hf.sliding_window)
     _check_server(config, model)
     _check_sources(config)
     _check_learning_rate("optimizer", config.optimizer.lr, config.optimizer.min_lr)
@@ -80,7 +80,7 @@ def _check_batches(config: Config) -> None:
         raise ConfigError(f"train.batch_size={batch} must divide {step} = {prompts * samples}")
 
 
-def _check_lengths(config: Config, model: dict[str, Any]) -> None:
+def _check_lengths(config: Config, model: dict[str, Any], sliding_window: int | None) -> None:
     context, longest = config.rollout.context_length, config.rollout.max_response_tokens
     if longest >= context:
         raise ConfigError(
@@ -90,6 +90,9 @@ def _check_lengths(config: Config, model: dict[str, Any]) -> None:
     positions = model.get("max_position_embeddings")
     if positions and context > positions:
         limit = f"the model's max_position_embeddings={positions}"
+        raise ConfigError(f"rollout.context_length={context} must be at most {limit}")
+    if sliding_window and context > sliding_window:
+        limit = f"the model's sliding_window={sliding_window}: sliding-window attention is not supported beyond it"
         raise ConfigError(f"rollout.context_length={context} must be at most {limit}")
 
 

@@ -108,5 +108,7 @@ def _build_chunk(
         share_embeddings_and_output_weights=hf.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=hf.rope_theta,  # type: ignore[arg-type]
+        rope_scaling=hf.rope_scaling_factor is not None,
+        rope_scaling_factor=hf.rope_scaling_factor or 1.0,
         vp_stage=vp_stage,
     ).to(device.current())

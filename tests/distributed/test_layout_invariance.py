@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from tests.distributed.invariance_worker import algorithms
+from tests.distributed.invariance_worker import algorithms, fixed_batch
 from tests.distributed.layouts import LAYOUTS, run_on
-from tests.support.tiny_models import save_tiny
+from tests.support.tiny_models import FAMILY_NAMES, save_tiny
 
-FAMILIES = ("llama", "qwen2", "qwen3")
-CASES = [("llama", name) for name in algorithms()] + [(family, "paper") for family in FAMILIES[1:]]
+CASES = [("llama", name) for name in algorithms()] + [(family, "paper") for family in FAMILY_NAMES[1:]]
 BASELINE = "tp1_pp1_dp1"
 MICROBATCHES = {"one_row_a_microbatch": 1, "one_microbatch": 8}  # 2 rows elsewhere
 Result = dict[str, Any]
@@ -24,7 +24,7 @@ Result = dict[str, Any]
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[tuple[str, str], Result]]:
     """Layout or microbatch size -> (family, algorithm) -> result; one job runs every case."""
     root = tmp_path_factory.mktemp("invariance")
-    models = {family: str(save_tiny(family, root / "models")) for family in FAMILIES}
+    models = {family: str(save_tiny(family, root / "models")) for family in FAMILY_NAMES}
     jobs = {name: (layout, 2) for name, layout in LAYOUTS.items()}
     jobs |= {name: (LAYOUTS[BASELINE], size) for name, size in MICROBATCHES.items()}
     found = {}
@@ -46,6 +46,20 @@ def _merge(out: Path, case: str) -> Result:
     row_names = ("advantages", "policy_logprobs", "ref_logprobs")
     rows = {k: torch.stack([r[k] for r in replicas], 1).flatten(0, 1) for k in row_names}
     return {"sums": replicas[0]["sums"], "gradients": gradients, **rows}
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_policy_logprobs_are_those_of_transformers(
+    results: dict[str, dict[tuple[str, str], Result]], family: str, tmp_path: Path
+) -> None:
+    """All layouts agreeing on the wrong rotary base, norm or head order would not show above."""
+    batch, model = fixed_batch(), AutoModelForCausalLM.from_pretrained(save_tiny(family, tmp_path))
+    with torch.no_grad():
+        logprobs = model(batch.tokens).logits.double().log_softmax(-1)
+    expected = logprobs[:, :-1].gather(-1, batch.tokens[:, 1:, None])[..., 0] * batch.loss_mask[:, 1:]
+    found = results[BASELINE][family, "paper"]["policy_logprobs"][:, 1:]
+    assert (found - expected).abs().max() < 1e-5
+    assert expected.abs().max() > 1
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)

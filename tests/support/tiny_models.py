@@ -8,6 +8,8 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -15,6 +17,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+FAMILY_NAMES = ("llama", "llama3", "mistral", "qwen2", "qwen3")
 SHAPE = {
     "vocab_size": 19,  # odd: padded under tensor parallelism
     "hidden_size": 32,
@@ -28,11 +31,17 @@ SHAPE = {
 
 
 def save_tiny(family: str, out: Path) -> Path:
-    """Write a random model of `family` (llama, qwen2, qwen3) to OUT/family; Qwen3's embeddings are tied."""
+    """Write a random model of `family` to OUT/family; Qwen3's and Llama 3's embeddings are tied."""
     torch.manual_seed(7)
     model: PreTrainedModel
     if family == "llama":
         model = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=False))
+    elif family == "llama3":
+        scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        rope = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 32.0, **scaling}
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=rope, tie_word_embeddings=True))
+    elif family == "mistral":
+        model = MistralForCausalLM(MistralConfig(**SHAPE, head_dim=16, sliding_window=None))
     elif family == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=False))
     else:

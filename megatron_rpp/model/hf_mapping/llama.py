@@ -1,4 +1,4 @@
-"""Llama: the rules that most dense families share."""
+"""Llama and Mistral: the rules that most dense families share."""
 
 from megatron_rpp.model.hf_mapping.table import Family, Rule
 from megatron_rpp.model.hf_mapping.transforms import QKV, GateUp, Vocab
@@ -27,4 +27,4 @@ RULES = (
     Rule("output_layer.weight", ("lm_head.weight",), Vocab()),
 )
 
-LLAMA = Family(("LlamaForCausalLM",), RULES)
+LLAMA = Family(("LlamaForCausalLM", "MistralForCausalLM"), RULES)

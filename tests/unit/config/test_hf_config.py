@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_rpp.config.hf_config import HFConfig, read_hf_config
-from tests.support.tiny_models import save_tiny
+from tests.support.tiny_models import FAMILY_NAMES, save_tiny
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -20,6 +20,14 @@ LLAMA = {
     "num_hidden_layers": 3,
     "rms_norm_eps": 1e-5,
     "vocab_size": 101,
+}
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }
 
 
@@ -41,6 +49,8 @@ def test_every_size_comes_from_its_own_key(tmp_path: Path) -> None:
         vocab_size=101,
         norm_eps=1e-5,
         rope_theta=10_000.0,
+        rope_scaling_factor=None,
+        sliding_window=None,
         max_position_embeddings=512,
         tied_embeddings=True,
         qkv_bias=False,
@@ -67,10 +77,33 @@ def test_rope_theta_is_read_as_transformers_4_and_5_write_it(tmp_path: Path, key
 
 
 @pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE},  # transformers 4
+        {"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 5e5}},  # transformers 5
+    ],
+)
+def test_llama3_rope_scaling_is_read_with_its_factor(tmp_path: Path, keys: dict[str, Any]) -> None:
+    found = read(tmp_path, **keys)
+    assert (found.rope_theta, found.rope_scaling_factor) == (5e5, 32.0)
+
+
+def test_a_sliding_window_is_mistrals_alone_and_its_absence_is_transformers_default(tmp_path: Path) -> None:
+    mistral = {"architectures": ["MistralForCausalLM"]}
+    assert read(tmp_path, **mistral, sliding_window=None).sliding_window is None
+    assert read(tmp_path, **mistral, sliding_window=64).sliding_window == 64
+    assert read(tmp_path, **mistral).sliding_window == 4096
+    assert read(tmp_path, sliding_window=64).sliding_window is None
+    assert read(tmp_path, **mistral, num_attention_heads=16).num_query_groups == 8
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type='linear'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_theta": 5e5}, "rope type='llama3'"),
+        ({"rope_scaling": {**LLAMA3_ROPE, "high_freq_factor": 2.0}}, "rope high_freq_factor=2.0"),
+        ({"rope_scaling": {**LLAMA3_ROPE, "original_max_position_embeddings": 4096}}, "rope original_max_position"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope low_freq_factor=None"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type='yarn'"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"attention_bias": True, "architectures": ["Qwen3ForCausalLM"]}, "attention_bias=True"),
@@ -94,9 +127,12 @@ def test_qwen2_has_query_biases_and_qwen3_head_norms_though_no_key_says_so(tmp_p
     assert (qwen3.qkv_bias, qwen3.qk_norm) == (False, True)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_a_config_that_installed_transformers_wrote_is_read(family: str, tmp_path: Path) -> None:
     found = read_hf_config(str(save_tiny(family, tmp_path)))
-    assert (found.num_layers, found.num_attention_heads, found.num_query_groups, found.head_dim) == (4, 4, 2, 8)
+    head_dim = 16 if family == "mistral" else 8
+    assert (found.num_layers, found.num_attention_heads, found.num_query_groups, found.head_dim) == (4, 4, 2, head_dim)
     assert (found.vocab_size, found.ffn_hidden_size, found.hidden_size) == (19, 48, 32)
-    assert found.tied_embeddings == (family == "qwen3")
+    assert found.tied_embeddings == (family in ("llama3", "qwen3"))
+    assert found.rope_scaling_factor == (32.0 if family == "llama3" else None)
+    assert found.sliding_window is None

@@ -105,7 +105,7 @@ def test_every_number_has_a_range_but_the_rewards() -> None:
     ("text", "expected"),
     [
         ("{", "must hold a valid config.json"),
-        ("[]", "has architecture none named; it must be one of: LlamaForCausalLM, Qwen2ForCausalLM"),
+        ("[]", "has architecture none named; it must be one of: LlamaForCausalLM, Mistral"),
     ],
 )
 def test_a_config_json_of_no_model_is_refused(make: Make, model_dir: Path, text: str, expected: str) -> None:
@@ -179,3 +179,12 @@ def test_a_finished_run_is_not_overwritten_without_resume(make: Make, tmp_path: 
     with pytest.raises(ConfigError, match="already holds a run; pass --resume to continue it"):
         check_host(config, resume=False)
     check_host(config, resume=True)
+
+
+def test_a_context_beyond_mistrals_sliding_window_is_refused(make: Make, model_dir: Path) -> None:
+    """Within the window it is full attention, which is what the engine computes."""
+    edit(model_dir, "architectures", ["MistralForCausalLM"])
+    edit(model_dir, "sliding_window", 2048)
+    validate(make(), "train")
+    edit(model_dir, "sliding_window", 1024)
+    assert "rollout.context_length=2048 must be at most the model's sliding_window=1024" in message(make())

@@ -18,7 +18,7 @@ from megatron_rpp.model import export_hf
 from megatron_rpp.model.build import Model
 from megatron_rpp.model.load_hf import load_hf_weights
 from megatron_rpp.model.shards import sharded_parameters
-from tests.support.tiny_models import save_tiny
+from tests.support.tiny_models import FAMILY_NAMES, save_tiny
 
 PADDED_VOCAB = 20
 
@@ -87,7 +87,7 @@ def export(ranks: list[nn.Module], hf: HFConfig, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_load_then_export_is_bit_for_bit_the_checkpoint(
     family: str, tp: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

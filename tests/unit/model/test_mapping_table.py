@@ -11,7 +11,7 @@ from megatron_rpp.config.hf_config import read_hf_config
 from megatron_rpp.config.models import ARCHITECTURES
 from megatron_rpp.model.hf_mapping import FAMILIES, LLAMA, QWEN2, QWEN3, find_family
 from megatron_rpp.model.hf_mapping.transforms import QKV, Direct, GateUp, Vocab
-from tests.support.tiny_models import save_tiny
+from tests.support.tiny_models import FAMILY_NAMES, save_tiny
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_parameter_without_a_rule_is_an_error_that_names_it(name: str) -> None
         LLAMA.find(name)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_table_and_transformers_checkpoint_have_the_same_names(family: str, tmp_path: Path) -> None:
     """A tensor that no rule names would keep its random initial value, silently."""
     path = save_tiny(family, tmp_path)
@@ -88,7 +88,7 @@ def test_table_and_transformers_checkpoint_have_the_same_names(family: str, tmp_
 
 
 def test_unknown_architecture_error_lists_the_supported_ones() -> None:
-    with pytest.raises(ValueError, match=r"MambaForCausalLM.*LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"):
+    with pytest.raises(ValueError, match=r"MambaForCausalLM.*LlamaForCausalLM, Mistral.*, Qwen2.*, Qwen3ForCausalLM"):
         find_family("MambaForCausalLM")
 
 
