@@ -4,8 +4,8 @@ Those that live in the engine or the configuration are tested where that is:
 
 | error | test, under tests/ |
 |---|---|
-| whitening by a part of the ranks of the batch, such as a CP slice | distributed/test_advantages_on_ranks.py |
-| the same, and whitening that deadlocks under PP | distributed/test_layout_invariance.py (dp2, pp2, tp2_pp2) |
+| whitening by a part of the ranks of the batch | distributed/test_advantages_on_ranks.py; here for CP slices |
+| whitening that deadlocks under PP | distributed/test_layout_invariance.py (pp2, pp2_vpp2, tp2_pp2) |
 | Megatron's cp / num_microbatches on the loss of a 2-tuple loss function | unit/engine/test_loss_scale.py |
 | configuration keys that no code reads | unit/config/test_keys_are_read.py |
 """
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from megatron_rpp.algorithm import compute_advantages, policy_loss
-from megatron_rpp.algorithm.masked import ReduceSum
+from megatron_rpp.algorithm.masked import ReduceSum, global_moments, whiten
 from megatron_rpp.config.presets import algorithm_config
-from tests.unit.algorithm.cases import PRESET_NAMES, Batch, Ranks, random_batch, random_loss_case
+from tests.unit.algorithm.cases import PRESET_NAMES, Batch, Ranks, one_rank, random_batch, random_loss_case
 
 WHITENED = [name for name in PRESET_NAMES if algorithm_config(name).estimator.startswith("reinforce_pp")]
 
@@ -86,6 +86,24 @@ def test_a_rank_with_an_empty_mask_still_joins_every_reduce(preset: str) -> None
     found, ranks = ranks_run([batch, empty], preset)
     assert ranks.calls[0] == ranks.calls[1]
     assert (found[1] == 0).all() and found[0].abs().max() > 0
+
+
+def test_context_parallel_slices_of_responses_are_whitened_by_the_statistics_of_all() -> None:
+    """Each CP rank normalized its slice of the positions by its own mean and deviation."""
+    g = torch.Generator().manual_seed(3)
+    values = torch.randn(4, 10, generator=g, dtype=torch.float64) + torch.arange(10)  # later positions are larger
+    mask = (torch.rand(4, 10, generator=g) < 0.7).float()
+    expected = whiten(values, mask, global_moments(values, mask, one_rank))
+
+    def work(rank: int, reduce_sum: ReduceSum) -> Tensor:
+        columns = slice(5 * rank, 5 * rank + 5)
+        part = values[:, columns], mask[:, columns]
+        return whiten(*part, global_moments(*part, reduce_sum))
+
+    found = torch.cat(Ranks(2).run(work), dim=1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    alone = whiten(values[:, :5], mask[:, :5], global_moments(values[:, :5], mask[:, :5], one_rank))
+    assert (alone - expected[:, :5]).abs().max() > 0.5, "the case must show the error"
 
 
 @pytest.mark.parametrize("preset", PRESET_NAMES)
