@@ -27,6 +27,7 @@ ERROR_PREFIX = "rpp: error: "
 
 POLL_S = 0.05
 SETTLE_S = 1.0
+TELL_S = 10.0  # a user's error is mostly every rank's; on a busy machine rank 0, which tells it, may end late
 """Once a rank has failed, another may be about to tell the user why; it has this long."""
 LINES_SHOWN = 20
 INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
@@ -103,6 +104,8 @@ def _fail(job: _Job) -> int:
     """One or more ranks have failed: end the others, show why, and choose the exit code."""
     first = job.failed()[0]
     _wait_until(lambda: not job.running(), SETTLE_S)
+    if _code(job.ranks[first]) == USER_ERROR:
+        _wait_until(lambda: job.ranks[0].poll() is not None, TELL_S)
     told = [n for n in job.failed() if _code(job.ranks[n]) == USER_ERROR]
     _end(job)
     if told:

@@ -48,7 +48,14 @@ def client(sglang_server: SGLangServer, tiny_model_dir: Path) -> SGLangClient:
 
 @pytest.fixture(scope="module")
 def sample(client: SGLangClient) -> Sample:
-    def run(prompts: Sequence[Prompt], *, samples: int, temperature: float, seed: int = 0) -> list[Rollout]:
+    def run(
+        prompts: Sequence[Prompt],
+        *,
+        samples: int,
+        temperature: float,
+        seed: int = 0,
+        group_ids: Sequence[int] | None = None,
+    ) -> list[Rollout]:
         params = SamplingParams(
             num_samples_per_prompt=samples,
             max_response_tokens=32,
@@ -57,7 +64,7 @@ def sample(client: SGLangClient) -> Sample:
             stop_token_ids=(EOS,),
             seed=seed,
         )
-        return client.generate(prompts, params)
+        return client.generate(prompts, params, group_ids=group_ids)
 
     return run
 
@@ -92,10 +99,10 @@ def test_logprobs_are_those_of_the_tempered_distribution(
 
 def test_a_seed_gives_the_same_tokens_in_any_batch(prompts: list[Prompt], sample: Sample) -> None:
     together = sample(prompts, samples=4, temperature=1.0, seed=5)
-    alone = sample(prompts[2:3], samples=4, temperature=1.0, seed=5)
+    alone = sample(prompts[2:3], samples=4, temperature=1.0, seed=5, group_ids=[2])
     assert [r.response_ids for r in alone] == [r.response_ids for r in together[8:12]]
     assert len({r.response_ids for r in alone}) > 1, "samples of one prompt must differ"
-    other = sample(prompts[2:3], samples=4, temperature=1.0, seed=6)
+    other = sample(prompts[2:3], samples=4, temperature=1.0, seed=6, group_ids=[2])
     assert [r.response_ids for r in other] != [r.response_ids for r in alone]
 
 
