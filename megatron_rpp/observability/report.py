@@ -65,7 +65,7 @@ def _title(run_dir: Path) -> str:
     config = run_dir / "config.toml"
     settings = tomllib.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
     preset = settings.get("algorithm", {}).get("preset", "")
-    return f"{run_dir.resolve().name} ({preset})" if preset else run_dir.resolve().name
+    return f"{run_dir.resolve().name}, preset {preset}" if preset else run_dir.resolve().name
 
 
 def _read(run_dir: str | Path) -> Steps:
