@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss as calc_loss
 from torch import Tensor
 
-import megatron_rpp.engine  # noqa: F401  (the CPU device layer, before megatron)
 from megatron_rpp.engine import loss_scale
 
 
@@ -23,8 +21,11 @@ class Settings:
 
 def scaled(loss_function: Any) -> float:
     """What Megatron makes of a loss of 3 with 8 microbatches and a context-parallel size of 2."""
+    # Not at the top: the CPU device layer, which megatron_rpp.engine imports, must come before megatron.
+    from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss
+
     store: list[Any] = []
-    out: tuple[Tensor, Any] = calc_loss(
+    out: tuple[Tensor, Any] = forward_step_calc_loss(
         torch.nn.Module(), torch.tensor(3.0), loss_function, Settings(), None, False, 8, store, 2, True
     )
     return out[0].item()
