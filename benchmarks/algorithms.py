@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from examples.make_demo import Sum, make_demonstrations
+from examples.make_demo import Sum, make_demonstrations, problem, write_jsonl
 from megatron_rpp.observability.rollouts import rollouts_path
 from megatron_rpp.observability.writers import read_metrics
 
@@ -72,9 +72,9 @@ def prepare(out: Path) -> None:
     hard = [_pair(json.loads(line)) for line in (start / "train.jsonl").open()]
     demonstrations = [json.loads(line) for line in (start / "demonstrations.jsonl").open()]
     mastered = list(make_demonstrations(rng, easy, len(demonstrations) // 10, wrong_fraction=0.0))
-    _write_jsonl(start / "demonstrations.jsonl", demonstrations + mastered)
-    _write_jsonl(start / "mixed.jsonl", map(_problem, hard[:HARD] + rng.sample(easy, EASY)))
-    _write_jsonl(start / "sums.jsonl", map(_problem, hard))
+    write_jsonl(start / "demonstrations.jsonl", demonstrations + mastered)
+    write_jsonl(start / "mixed.jsonl", map(problem, hard[:HARD] + rng.sample(easy, EASY)))
+    write_jsonl(start / "sums.jsonl", map(problem, hard))
     settings = [f"--sft.init={start / 'init'}", f"--sft.data={start / 'demonstrations.jsonl'}"]
     settings += [f"--sft.output={out / 'sft'}", f"--run.dir={out / 'warm-start'}", "--parallel.pipeline=1"]
     _rpp("sft", settings, out / "sft.txt")
@@ -214,14 +214,6 @@ def _steps_of(run_dir: Path) -> Steps:
 def _pair(record: dict[str, Any]) -> Sum:
     a, _, b = record["expression"].split()
     return int(a), int(b)
-
-
-def _problem(pair: Sum) -> dict[str, Any]:
-    return {"expression": f"{pair[0]} + {pair[1]}", "answer": str(sum(pair))}
-
-
-def _write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def _rpp(command: str, settings: Sequence[str], log: Path) -> None:

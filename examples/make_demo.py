@@ -37,9 +37,9 @@ def main() -> None:
     rng = random.Random(args.seed)
     train, held_out = split_sums(rng, args.eval_size)
     demonstrations = make_demonstrations(rng, train, args.demonstrations, args.wrong_fraction)
-    _write_jsonl(out / "demonstrations.jsonl", demonstrations)
-    _write_jsonl(out / "train.jsonl", (_problem(pair) for pair in train))
-    _write_jsonl(out / "eval.jsonl", (_problem(pair) for pair in held_out))
+    write_jsonl(out / "demonstrations.jsonl", demonstrations)
+    write_jsonl(out / "train.jsonl", (problem(pair) for pair in train))
+    write_jsonl(out / "eval.jsonl", (problem(pair) for pair in held_out))
     print(f"{out}: init/, {args.demonstrations} demonstrations, {len(train)} train, {len(held_out)} eval")
 
 
@@ -60,7 +60,7 @@ def make_demonstrations(
         yield {"expression": f"{a} + {b}", "response": str(a + b + mistake)}
 
 
-def _problem(pair: Sum) -> dict[str, Any]:
+def problem(pair: Sum) -> dict[str, Any]:
     a, b = pair
     return {"expression": f"{a} + {b}", "answer": str(a + b)}
 
@@ -109,7 +109,7 @@ def write_model(directory: Path, args: argparse.Namespace) -> None:
     model.save_pretrained(directory)
 
 
-def _write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
+def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record) + "\n")
