@@ -33,13 +33,17 @@ def build_model(config: Config, parallel: ParallelContext, *, path: str) -> Mode
 
     Raises ValueError where the architecture, the layer spec or a tensor of the directory does not fit.
     """
-    hf = read_hf_config(path)
+    model = build_empty(read_hf_config(path), config, parallel)
+    load_hf_weights(model.chunks, model.hf, path, parallel)
+    return model
+
+
+def build_empty(hf: HFConfig, config: Config, parallel: ParallelContext) -> Model:
+    """The model of shape `hf`, split as config.parallel says, with weights yet to be loaded."""
     transformer = transformer_config(hf, config)
     layer_spec = resolve_layer_spec(config.model.layer_spec)
     chunks = [_build_chunk(hf, config, transformer, layer_spec, parallel, i) for i in range(parallel.vpp_size)]
-    model = Model(chunks, hf, transformer, parallel)
-    load_hf_weights(model.chunks, hf, path, parallel)
-    return model
+    return Model(chunks, hf, transformer, parallel)
 
 
 def transformer_config(hf: HFConfig, config: Config) -> TransformerConfig:
