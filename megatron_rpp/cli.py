@@ -85,8 +85,11 @@ def _train_or_sft(words: Sequence[str]) -> int:
 
 
 def _check(arguments: Arguments, config: Config, rank: int) -> None:
-    """All that can be told before torch is imported. Raises ValueError."""
+    """All that can be told before anything is built. Raises ValueError."""
     validate(config, arguments.command)
+    from megatron_rpp.model.checks import check_model  # imports torch
+
+    check_model(config, arguments.command)
     if arguments.command == "train" and rank == 0:  # the server and the metrics are rank 0's
         check_host(config, resume=arguments.resume)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from megatron_rpp.checkpoint.manager import latest_checkpoint, load_checkpoint, save_checkpoint
 from megatron_rpp.checkpoint.run_state import RunState
-from megatron_rpp.config.hf_config import read_hf_config
 from megatron_rpp.config.load import dump_toml
 from megatron_rpp.config.schema import Config
 from megatron_rpp.data.prompts import PromptSource, load_prompts
@@ -19,6 +18,7 @@ from megatron_rpp.engine.advantages import ShapingState
 from megatron_rpp.engine.optimizer import Optimizer, make_trainable
 from megatron_rpp.experience.types import Prompt
 from megatron_rpp.model.build import Model, build_model
+from megatron_rpp.model.hf_mapping import read_hf_config
 from megatron_rpp.observability.reporter import Reporter
 from megatron_rpp.observability.timers import Timers
 from megatron_rpp.parallel import bootstrap

@@ -62,6 +62,8 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "parallel.pipeline",
         "parallel.virtual_pipeline",
         "parallel.data",
+        "parallel.expert",
+        "parallel.expert_tensor",
         "algorithm.num_samples_per_prompt",
         "algorithm.kl_horizon",
         "rollout.num_prompts",
@@ -82,6 +84,8 @@ RANGES: dict[Range, tuple[str, ...]] = {
     ),
     NOT_NEGATIVE: (
         "run.seed",
+        "parallel.first_stage_layers",
+        "parallel.last_stage_layers",
         "data.train.seed",
         "data.eval.seed",
         "data.eval.size",

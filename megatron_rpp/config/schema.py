@@ -39,7 +39,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How many ranks share the model; their product is the job's world size."""
+    """How many ranks share the model; tensor x pipeline x data is the job's world size."""
 
     tensor: int = 1
     """Tensor-parallel size (TP)."""
@@ -47,10 +47,18 @@ class ParallelConfig:
     """Pipeline-parallel size (PP)."""
     virtual_pipeline: int = 1
     """Model chunks on each pipeline stage (interleaved schedule); 1 turns it off."""
+    first_stage_layers: int = 0
+    """Layers on the first pipeline stage, which also embeds; 0: as many as on the others."""
+    last_stage_layers: int = 0
+    """Layers on the last pipeline stage, which also computes logits; 0: as many as on the others."""
     sequence: bool = False
     """Sequence parallelism: norms and residuals split over the TP ranks. Needs tensor > 1."""
     data: int = 1
     """Data-parallel size (DP): replicas of the model, each with its own prompts."""
+    expert: int = 1
+    """Expert-parallel size (EP): experts are spread over that many of the tensor x data ranks."""
+    expert_tensor: int = 1
+    """Tensor-parallel size within an expert."""
 
 
 @dataclass(frozen=True)

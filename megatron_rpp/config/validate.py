@@ -5,13 +5,11 @@ from __future__ import annotations
 import string
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_rpp.config.algorithm import check_algorithm
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.fields import flatten
-from megatron_rpp.config.hf_config import read_hf_config
-from megatron_rpp.config.models import check_split, read_model_config
 from megatron_rpp.config.ranges import check_ranges
 from megatron_rpp.config.schema import Config, SourceConfig
 
@@ -21,7 +19,7 @@ Command = Literal["train", "sft"]
 def validate(config: Config, command: Command) -> None:
     """Everything that can be told from the configuration and the files that it names.
 
-    Reads config.json of the model and looks at paths; the lines of JSONL files are
+    Looks at paths; config.json of the model is `megatron_rpp.model.checks`', the lines of JSONL files are
     `megatron_rpp.data.jsonl`'s, and what only one host can tell is `preflight`'s.
 
     Raises:
@@ -32,15 +30,12 @@ def validate(config: Config, command: Command) -> None:
     if command == "sft":
         _check_sft(config)
         return
-    model = read_model_config("model.path", config.model.path)
-    hf = read_hf_config(config.model.path)  # refuses what the engine does not run
-    check_split(config.parallel, model)
     if config.reward.correct == config.reward.wrong:
         raise ConfigError(f"reward.correct={config.reward.correct} must differ from reward.wrong")
     check_algorithm(config)
     _check_batches(config)
-    _check_lengths(config, model, hf.sliding_window)
-    _check_server(config, model)
+    _check_lengths(config)
+    _check_urls(config)
     _check_sources(config)
     _check_learning_rate("optimizer", config.optimizer.lr, config.optimizer.min_lr)
 
@@ -58,8 +53,6 @@ def template_names(template: str) -> list[str]:
 
 def _check_sft(config: Config) -> None:
     sft = config.sft
-    check_split(config.parallel, read_model_config("sft.init", sft.init))
-    read_hf_config(sft.init)
     _require_file("sft.data", sft.data)
     if not sft.output:
         raise ConfigError("sft.output is not set; pass --sft.output=DIRECTORY for the trained model")
@@ -80,29 +73,19 @@ def _check_batches(config: Config) -> None:
         raise ConfigError(f"train.batch_size={batch} must divide {step} = {prompts * samples}")
 
 
-def _check_lengths(config: Config, model: dict[str, Any], sliding_window: int | None) -> None:
+def _check_lengths(config: Config) -> None:
     context, longest = config.rollout.context_length, config.rollout.max_response_tokens
     if longest >= context:
         raise ConfigError(
             f"rollout.max_response_tokens={longest} must be below rollout.context_length={context}, "
             "which holds the prompt too"
         )
-    positions = model.get("max_position_embeddings")
-    if positions and context > positions:
-        limit = f"the model's max_position_embeddings={positions}"
-        raise ConfigError(f"rollout.context_length={context} must be at most {limit}")
-    if sliding_window and context > sliding_window:
-        limit = f"the model's sliding_window={sliding_window}: sliding-window attention is not supported beyond it"
-        raise ConfigError(f"rollout.context_length={context} must be at most {limit}")
 
 
-def _check_server(config: Config, model: dict[str, Any]) -> None:
+def _check_urls(config: Config) -> None:
     for url in config.rollout.urls:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"rollout.urls={url} must start with http:// or https://")
-    if not config.rollout.urls:
-        heads = model["num_attention_heads"]
-        _require_divisor("rollout.server_tensor", config.rollout.server_tensor, "num_attention_heads", heads)
 
 
 def _check_sources(config: Config) -> None:

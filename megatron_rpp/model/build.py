@@ -6,15 +6,17 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rpp import device
-from megatron_rpp.config.hf_config import HFConfig, read_hf_config
 from megatron_rpp.config.schema import Config
+from megatron_rpp.model.hf_config import HFConfig
+from megatron_rpp.model.hf_mapping import read_hf_config
 from megatron_rpp.model.layer_spec import block_spec, resolve_layer_spec
 from megatron_rpp.model.load_hf import load_hf_weights
+from megatron_rpp.model.rotary import frequencies
+from megatron_rpp.model.transformer_config import transformer_config
 from megatron_rpp.parallel.context import ParallelContext
 
 
@@ -46,46 +48,6 @@ def build_empty(hf: HFConfig, config: Config, parallel: ParallelContext) -> Mode
     return Model(chunks, hf, transformer, parallel)
 
 
-def transformer_config(hf: HFConfig, config: Config) -> TransformerConfig:
-    """Megatron's configuration of `hf`, without dropout and without fusions that need apex."""
-    dtype = device.dtype(config.model.dtype)
-    return TransformerConfig(
-        num_layers=hf.num_layers,
-        hidden_size=hf.hidden_size,
-        ffn_hidden_size=hf.ffn_hidden_size,
-        num_attention_heads=hf.num_attention_heads,
-        num_query_groups=hf.num_query_groups,
-        kv_channels=hf.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=hf.norm_eps,
-        qk_layernorm=hf.qk_norm,
-        add_bias_linear=False,
-        add_qkv_bias=hf.qkv_bias,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        tensor_model_parallel_size=config.parallel.tensor,
-        pipeline_model_parallel_size=config.parallel.pipeline,
-        virtual_pipeline_model_parallel_size=(
-            config.parallel.virtual_pipeline if config.parallel.virtual_pipeline > 1 else None
-        ),
-        sequence_parallel=config.parallel.sequence,
-        calculate_per_token_loss=True,  # see engine/loss_scale.py
-        use_cpu_initialization=not device.has_cuda(),
-        gradient_accumulation_fusion=False,  # raises without apex, even with Transformer Engine
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        persist_layer_norm=False,
-        apply_rope_fusion=False,
-        batch_p2p_comm=device.has_cuda(),  # gloo pairs isend and irecv by order only
-    )
-
-
 def padded_vocab_size(hf: HFConfig, config: Config) -> int:
     """The vocabulary rounded up to a multiple of model.vocab_divisor x parallel.tensor."""
     multiple = config.model.vocab_divisor * config.parallel.tensor
@@ -101,7 +63,7 @@ def _build_chunk(
     chunk: int,
 ) -> GPTModel:
     vp_stage = chunk if parallel.vpp_size > 1 else None
-    return GPTModel(
+    model = GPTModel(
         transformer,
         block_spec(transformer, layer_spec, vp_stage),
         vocab_size=padded_vocab_size(hf, config),
@@ -111,8 +73,8 @@ def _build_chunk(
         parallel_output=True,
         share_embeddings_and_output_weights=hf.tied_embeddings,
         position_embedding_type="rope",
-        rotary_base=hf.rope_theta,  # type: ignore[arg-type]
-        rope_scaling=hf.rope_scaling_factor is not None,
-        rope_scaling_factor=hf.rope_scaling_factor or 1.0,
+        rotary_percent=hf.rope.fraction,
         vp_stage=vp_stage,
     ).to(device.current())
+    model.rotary_pos_emb.inv_freq, _ = frequencies(hf.rope, hf)
+    return model

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_rpp.model.build import Model
-from megatron_rpp.model.hf_mapping import find_family
+from megatron_rpp.model.hf_mapping import family_of
 from megatron_rpp.model.shards import ShardedParameter, sharded_parameters
 from megatron_rpp.parallel.collectives import gather_errors, gather_objects, gather_shards, on_rank_0
 
@@ -27,7 +27,7 @@ def hf_tensors(
     A collective over the TP group: every TP rank must run the iterator to its end, and each gets every
     tensor. `value_of` picks what is exported of a parameter (its gradient, say), shaped like it.
     """
-    family = find_family(model.hf.architecture)
+    family = family_of(model.hf)
     for item in sharded_parameters(model.chunks):
         if item.is_tied_copy:
             continue  # the first stage exports the embedding

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_rpp.config.hf_config import HFConfig
-from megatron_rpp.model.hf_mapping import find_family
+from megatron_rpp.model.hf_config import HFConfig
+from megatron_rpp.model.hf_mapping import family_of
 from megatron_rpp.model.hf_mapping.transforms import Shard
 from megatron_rpp.model.hf_tensors import HFTensors
 from megatron_rpp.model.shards import sharded_parameters
@@ -20,8 +20,8 @@ def load_hf_weights(chunks: Sequence[torch.nn.Module], hf: HFConfig, path: str, 
     Raises ValueError that names a tensor which is missing, cannot be read, does not fit, or that the
     architecture does not have.
     """
-    family, tensors = find_family(hf.architecture), HFTensors(path)
-    tensors.require_no_others(family.hf_names(hf.num_layers))
+    family, tensors = family_of(hf), HFTensors(path)
+    tensors.require_no_others(family.hf_names(hf))
     for item in sharded_parameters(chunks):
         # A tied model has no lm_head: the last stage's copy is the embedding.
         name = "embedding.word_embeddings.weight" if item.is_tied_copy else item.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,7 +18,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-FAMILY_NAMES = ("llama", "llama3", "mistral", "qwen2", "qwen3")
 SHAPE = {
     "vocab_size": 19,  # odd: padded under tensor parallelism
     "hidden_size": 32,
@@ -30,22 +30,28 @@ SHAPE = {
 }
 
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=False)),
+    "llama3": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, head_dim=16, sliding_window=None)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=False)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=8, tie_word_embeddings=True)),
+}
+FAMILY_NAMES = tuple(MODELS)
+
+
 def save_tiny(family: str, out: Path) -> Path:
-    """Write a random model of `family` to OUT/family; Qwen3's and Llama 3's embeddings are tied."""
+    """Write the random model MODELS[family] to OUT/family."""
     torch.manual_seed(7)
-    model: PreTrainedModel
-    if family == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=False))
-    elif family == "llama3":
-        scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-        rope = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 32.0, **scaling}
-        model = LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=rope, tie_word_embeddings=True))
-    elif family == "mistral":
-        model = MistralForCausalLM(MistralConfig(**SHAPE, head_dim=16, sliding_window=None))
-    elif family == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=False))
-    else:
-        model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=8, tie_word_embeddings=True))
+    model = MODELS[family]()
     with torch.no_grad():  # norms and biases start as ones and zeros, which would hide a wrong mapping
         for parameter in model.parameters():
             if parameter.dim() == 1:

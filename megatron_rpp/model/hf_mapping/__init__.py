@@ -1,17 +1,35 @@
 """The one Hugging Face <-> Megatron name and shape table, a file a family."""
 
+from megatron_rpp.model.hf_config import HFConfig, RawConfig
 from megatron_rpp.model.hf_mapping.llama import LLAMA
+from megatron_rpp.model.hf_mapping.mistral import MISTRAL
 from megatron_rpp.model.hf_mapping.qwen2 import QWEN2
 from megatron_rpp.model.hf_mapping.qwen3 import QWEN3
 from megatron_rpp.model.hf_mapping.table import Family
 
-FAMILIES = (LLAMA, QWEN2, QWEN3)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3)
 
 
-def find_family(architecture: str) -> Family:
-    """The family of a config.json's architecture. ValueError for one that has no table."""
-    for family in FAMILIES:
-        if architecture in family.architectures:
-            return family
-    known = ", ".join(name for family in FAMILIES for name in family.architectures)
-    raise ValueError(f"architecture {architecture} is not supported; supported: {known}")
+def find_family(architecture: str) -> Family | None:
+    """The family of a config.json's architecture; None where it has no table."""
+    return next((family for family in FAMILIES if architecture in family.architectures), None)
+
+
+def read_hf_config(path: str, setting: str = "model.path") -> HFConfig:
+    """The shape of the model in directory `path`, which the user named with `setting`.
+
+    Raises ConfigError for a directory or architecture that cannot be read, and for what this package
+    would compute differently from the model's authors.
+    """
+    raw = RawConfig(path, setting)
+    family = find_family(raw.architecture)
+    if family is None:
+        raise raw.unsupported(", ".join(name for family in FAMILIES for name in family.architectures))
+    return family.read(raw)
+
+
+def family_of(hf: HFConfig) -> Family:
+    """The family that read `hf`."""
+    family = find_family(hf.architecture)
+    assert family is not None, "read_hf_config knows the architecture"
+    return family

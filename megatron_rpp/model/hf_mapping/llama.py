@@ -1,5 +1,6 @@
-"""Llama and Mistral: the rules that most dense families share."""
+"""Llama 2 and 3: the rules that most dense families share."""
 
+from megatron_rpp.model.hf_config import HFConfig, RawConfig, read_dense
 from megatron_rpp.model.hf_mapping.table import Family, Rule
 from megatron_rpp.model.hf_mapping.transforms import QKV, GateUp, Vocab
 
@@ -27,4 +28,13 @@ RULES = (
     Rule("output_layer.weight", ("lm_head.weight",), Vocab()),
 )
 
-LLAMA = Family(("LlamaForCausalLM", "MistralForCausalLM"), RULES)
+
+def read(raw: RawConfig) -> HFConfig:
+    """What every family that builds on Llama's also refuses: biases, and activations other than SiLU."""
+    raw.require("hidden_act", "silu", default="silu")
+    raw.require("attention_bias", False, default=False)
+    raw.require("mlp_bias", False, default=False)
+    return read_dense(raw)
+
+
+LLAMA = Family(("LlamaForCausalLM",), RULES, read)

@@ -1,15 +1,18 @@
 """The declarative table: which Megatron parameter is which Hugging Face tensors.
 
-A family is a tuple of `Rule`s. `{i}` in a name is the global layer index. Both name sets of Megatron's
-layer specs are listed: local (`input_layernorm`) and Transformer Engine's fused modules
-(`linear_qkv.layer_norm_weight`).
+A family is how its config.json is read, and a tuple of `Rule`s. In a name, `{i}` is the global layer
+index and `{e}` the global index of an expert. Both name sets of Megatron's layer specs are listed: local
+(`input_layernorm`) and Transformer Engine's fused modules (`linear_qkv.layer_norm_weight`).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
+from megatron_rpp.model.hf_config import HFConfig, RawConfig
 from megatron_rpp.model.hf_mapping.transforms import Direct, Transform
 
 
@@ -21,23 +24,33 @@ class Rule:
     hf: tuple[str, ...]
     transform: Transform = Direct()  # noqa: RUF009 - stateless
 
+    def match(self, megatron_name: str) -> dict[str, str] | None:
+        """The indices in a parameter's global name; None where it is another parameter's."""
+        pattern = re.sub(r"\\{([ie])\\}", r"(?P<\1>\\d+)", re.escape(self.megatron))
+        found = re.fullmatch(pattern, megatron_name)
+        return found.groupdict() if found else None
+
 
 @dataclass(frozen=True)
 class Family:
-    """All rules of the architectures that share them."""
+    """The architectures that share rules and the reading of config.json."""
 
     architectures: tuple[str, ...]
     rules: tuple[Rule, ...]
+    read: Callable[[RawConfig], HFConfig]
 
     def find(self, megatron_name: str) -> tuple[Rule, tuple[str, ...]]:
-        """The rule for a parameter named with its global layer index, and its HF names. KeyError if none."""
+        """The rule for a parameter named with its global indices, and its HF names. KeyError if none."""
         for rule in self.rules:
-            pattern = re.escape(rule.megatron).replace(r"\{i\}", r"(\d+)")
-            if match := re.fullmatch(pattern, megatron_name):
-                index = match.group(1) if match.groups() else ""
-                return rule, tuple(name.format(i=index) for name in rule.hf)
+            if (indices := rule.match(megatron_name)) is not None:
+                return rule, tuple(name.format(**indices) for name in rule.hf)
         raise KeyError(f"no rule maps the Megatron parameter {megatron_name}; add one to hf_mapping")
 
-    def hf_names(self, num_layers: int) -> set[str]:
-        """Every Hugging Face tensor that a model of `num_layers` layers may have."""
-        return {name.format(i=i) for rule in self.rules for name in rule.hf for i in range(num_layers)}
+    def hf_names(self, hf: HFConfig) -> set[str]:
+        """Every Hugging Face tensor that a model of shape `hf` may have."""
+        experts = range(hf.moe.num_experts if hf.moe else 0)
+        names: set[str] = set()
+        for template in {name for rule in self.rules for name in rule.hf}:
+            indices = range(hf.num_layers) if "{i}" in template else (0,)
+            names |= {template.format(i=i, e=e) for i, e in product(indices, experts if "{e}" in template else (0,))}
+        return names

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_rpp.config.hf_config import HFConfig
+from megatron_rpp.model.hf_config import HFConfig
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from megatron_rpp.config.hf_config import HFConfig, read_hf_config
 from megatron_rpp.model import export_hf
 from megatron_rpp.model.build import Model
+from megatron_rpp.model.hf_config import HFConfig
+from megatron_rpp.model.hf_mapping import read_hf_config
 from megatron_rpp.model.load_hf import load_hf_weights
 from megatron_rpp.model.shards import sharded_parameters
 from tests.support.tiny_models import FAMILY_NAMES, save_tiny

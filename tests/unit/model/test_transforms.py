@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rpp.config.hf_config import HFConfig
+from megatron_rpp.model.hf_config import HFConfig, Rope
 from megatron_rpp.model.hf_mapping.transforms import QKV, Direct, GateUp, Shard, Transform, Vocab
 
 MODEL = HFConfig(
@@ -21,9 +21,7 @@ MODEL = HFConfig(
     head_dim=3,
     vocab_size=19,
     norm_eps=1e-6,
-    rope_theta=1e4,
-    rope_scaling_factor=None,
-    sliding_window=None,
+    rope=Rope(1e4),
     max_position_embeddings=64,
     tied_embeddings=False,
     qkv_bias=False,

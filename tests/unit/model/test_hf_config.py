@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_rpp.config.hf_config import HFConfig, read_hf_config
+from megatron_rpp.model.hf_config import HFConfig, Rope
+from megatron_rpp.model.hf_mapping import read_hf_config
 from tests.support.tiny_models import FAMILY_NAMES, save_tiny
 
 LLAMA = {
@@ -48,13 +49,9 @@ def test_every_size_comes_from_its_own_key(tmp_path: Path) -> None:
         head_dim=16,
         vocab_size=101,
         norm_eps=1e-5,
-        rope_theta=10_000.0,
-        rope_scaling_factor=None,
-        sliding_window=None,
+        rope=Rope(10_000.0),
         max_position_embeddings=512,
         tied_embeddings=True,
-        qkv_bias=False,
-        qk_norm=False,
     )
 
 
@@ -73,7 +70,7 @@ def test_absent_key_value_heads_and_head_dim_follow_from_the_heads(tmp_path: Pat
     ],
 )
 def test_rope_theta_is_read_as_transformers_4_and_5_write_it(tmp_path: Path, keys: dict[str, Any]) -> None:
-    assert read(tmp_path, **keys).rope_theta == 5e5
+    assert read(tmp_path, **keys).rope == Rope(5e5)
 
 
 @pytest.mark.parametrize(
@@ -84,8 +81,8 @@ def test_rope_theta_is_read_as_transformers_4_and_5_write_it(tmp_path: Path, key
     ],
 )
 def test_llama3_rope_scaling_is_read_with_its_factor(tmp_path: Path, keys: dict[str, Any]) -> None:
-    found = read(tmp_path, **keys)
-    assert (found.rope_theta, found.rope_scaling_factor) == (5e5, 32.0)
+    rope = read(tmp_path, **keys).rope
+    assert rope.scaling is not None and rope.scaling["factor"] == 32.0 and rope.theta == 5e5
 
 
 def test_a_sliding_window_is_mistrals_alone_and_its_absence_is_transformers_default(tmp_path: Path) -> None:
@@ -100,15 +97,13 @@ def test_a_sliding_window_is_mistrals_alone_and_its_absence_is_transformers_defa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type='linear'"),
-        ({"rope_scaling": {**LLAMA3_ROPE, "high_freq_factor": 2.0}}, "rope high_freq_factor=2.0"),
-        ({"rope_scaling": {**LLAMA3_ROPE, "original_max_position_embeddings": 4096}}, "rope original_max_position"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope low_freq_factor=None"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type='yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor=None beside rope_type='llama3'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "factor=None beside rope_type='yarn'"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"attention_bias": True, "architectures": ["Qwen3ForCausalLM"]}, "attention_bias=True"),
         ({"mlp_bias": True}, "mlp_bias=True"),
-        ({"use_sliding_window": True}, "use_sliding_window=True"),
+        ({"use_sliding_window": True, "architectures": ["Qwen2ForCausalLM"]}, "use_sliding_window=True"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ],
 )
@@ -117,7 +112,7 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(
 ) -> None:
     with pytest.raises(ValueError) as error:
         read(tmp_path, **changes)
-    assert message in str(error.value) and f"{tmp_path}/config.json" in str(error.value)
+    assert message in str(error.value) and f"{tmp_path}: its config.json has" in str(error.value)
 
 
 def test_qwen2_has_query_biases_and_qwen3_head_norms_though_no_key_says_so(tmp_path: Path) -> None:
@@ -134,5 +129,5 @@ def test_a_config_that_installed_transformers_wrote_is_read(family: str, tmp_pat
     assert (found.num_layers, found.num_attention_heads, found.num_query_groups, found.head_dim) == (4, 4, 2, head_dim)
     assert (found.vocab_size, found.ffn_hidden_size, found.hidden_size) == (19, 48, 32)
     assert found.tied_embeddings == (family in ("llama3", "qwen3"))
-    assert found.rope_scaling_factor == (32.0 if family == "llama3" else None)
+    assert (found.rope.scaling or {}).get("factor") == (32.0 if family == "llama3" else None)
     assert found.sliding_window is None

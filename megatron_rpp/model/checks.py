@@ -1,0 +1,71 @@
+"""Does a model fit its layout and the lengths of the run? Answers before anything is built."""
+
+from __future__ import annotations
+
+from megatron_rpp.config.errors import ConfigError
+from megatron_rpp.config.schema import Config, ParallelConfig
+from megatron_rpp.model.hf_config import HFConfig
+from megatron_rpp.model.hf_mapping import read_hf_config
+
+
+def check_model(config: Config, command: str) -> None:
+    """What `rpp train` or `rpp sft` asks of its model's config.json. Raises ConfigError."""
+    if command == "sft":
+        check_split(config.parallel, read_hf_config(config.sft.init, "sft.init"))
+        return
+    hf = read_hf_config(config.model.path)
+    check_split(config.parallel, hf)
+    check_lengths(config, hf)
+    server_tensor = config.rollout.server_tensor
+    if not config.rollout.urls and hf.num_attention_heads % server_tensor:
+        heads = f"num_attention_heads={hf.num_attention_heads}"
+        raise ConfigError(f"rollout.server_tensor={server_tensor} must divide {heads}")
+
+
+def check_lengths(config: Config, hf: HFConfig) -> None:
+    """The longest sequence fits the model's positions. Raises ConfigError."""
+    context = config.rollout.context_length
+    if context > hf.max_position_embeddings:
+        limit = f"the model's max_position_embeddings={hf.max_position_embeddings}"
+        raise ConfigError(f"rollout.context_length={context} must be at most {limit}")
+    if hf.sliding_window and context > hf.sliding_window:
+        limit = f"the model's sliding_window={hf.sliding_window}: sliding-window attention is not supported beyond it"
+        raise ConfigError(f"rollout.context_length={context} must be at most {limit}")
+
+
+def check_split(parallel: ParallelConfig, hf: HFConfig) -> None:
+    """The model divides over tensor and pipeline ranks. Raises ConfigError."""
+    if parallel.sequence and parallel.tensor == 1:
+        raise ConfigError("parallel.sequence=true must go with parallel.tensor above 1")
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        wanted = f"parallel.virtual_pipeline={parallel.virtual_pipeline}"
+        raise ConfigError(f"{wanted} must go with parallel.pipeline above 1")
+    sizes = {
+        "num_attention_heads": hf.num_attention_heads,
+        "num_key_value_heads": hf.num_query_groups,
+        "intermediate_size": hf.ffn_hidden_size,
+    }
+    for name, size in sizes.items():
+        if size % parallel.tensor:
+            raise ConfigError(f"parallel.tensor={parallel.tensor} must divide {name}={size}")
+    _check_stages(parallel, hf.num_layers)
+
+
+def _check_stages(parallel: ParallelConfig, layers: int) -> None:
+    """First and last stage as configured, the others alike; virtual stages alike within each."""
+    ends = [held for held in (parallel.first_stage_layers, parallel.last_stage_layers) if held]
+    if ends and parallel.pipeline == 1:
+        raise ConfigError(
+            "parallel.first_stage_layers and parallel.last_stage_layers must go with parallel.pipeline above 1"
+        )
+    others, left = parallel.pipeline - len(ends), layers - sum(ends)
+    if left % others if others else left:
+        stages = f"parallel.pipeline={parallel.pipeline}" + (f" less {len(ends)}" if ends else "")
+        counted = f"num_hidden_layers={layers}" + (f" less {sum(ends)}" if ends else "")
+        raise ConfigError(f"{stages} must divide {counted}")
+    for held in {*ends, *([left // others] if others else [])}:
+        if not held or held % parallel.virtual_pipeline:
+            raise ConfigError(
+                f"parallel.virtual_pipeline={parallel.virtual_pipeline} must divide the {held} layers of each stage "
+                f"(num_hidden_layers={layers}, parallel.pipeline={parallel.pipeline})"
+            )

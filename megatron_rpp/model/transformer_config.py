@@ -1,0 +1,56 @@
+"""Megatron's TransformerConfig of a model's shape and a run's configuration."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_rpp import device
+from megatron_rpp.config.schema import Config
+from megatron_rpp.model.hf_config import HFConfig
+from megatron_rpp.model.rotary import attention_scale
+
+
+def transformer_config(hf: HFConfig, config: Config) -> TransformerConfig:
+    """Megatron's configuration of `hf`, without dropout and without fusions that need apex."""
+    dtype = device.dtype(config.model.dtype)
+    return TransformerConfig(
+        num_layers=hf.num_layers,
+        hidden_size=hf.hidden_size,
+        ffn_hidden_size=hf.ffn_hidden_size,
+        num_attention_heads=hf.num_attention_heads,
+        num_query_groups=hf.num_query_groups,
+        kv_channels=hf.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=hf.norm_eps,
+        softmax_scale=attention_scale(hf),
+        rotary_interleaved=hf.rope.interleaved,
+        qk_layernorm=hf.qk_norm,
+        add_bias_linear=False,
+        add_qkv_bias=hf.qkv_bias,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            config.parallel.virtual_pipeline if config.parallel.virtual_pipeline > 1 else None
+        ),
+        num_layers_in_first_pipeline_stage=config.parallel.first_stage_layers or None,
+        num_layers_in_last_pipeline_stage=config.parallel.last_stage_layers or None,
+        sequence_parallel=config.parallel.sequence,
+        calculate_per_token_loss=True,  # see engine/loss_scale.py
+        use_cpu_initialization=not device.has_cuda(),
+        gradient_accumulation_fusion=False,  # raises without apex, even with Transformer Engine
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        batch_p2p_comm=device.has_cuda(),  # gloo pairs isend and irecv by order only
+    )
