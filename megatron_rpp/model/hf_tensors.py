@@ -1,69 +1,111 @@
-"""The safetensors of a Hugging Face directory, checked as they are opened and read."""
+"""The tensors of a Hugging Face directory, checked as it is opened and mapped as they are read."""
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Collection
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
-_INDEX = "model.safetensors.index.json"
-_WHOLE = "model.safetensors"
+from megatron_rpp.model.fp8_blocks import SCALE_SUFFIX, dequantize, scale_shape
+from megatron_rpp.model.hf_quantization import weight_block
+from megatron_rpp.model.hf_weight_files import open_tensors
+from megatron_rpp.model.safetensors_reader import StoredTensor
+
 _COMPUTED = "rotary_emb.inv_freq"  # a buffer that old Llama checkpoints hold
 _SHOWN = 3  # names that an error lists
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 
 
 class HFTensors:
-    """Tensors by name, memory-mapped; only safetensors are read, and only inside the directory."""
+    """Tensors by name. Block-scaled FP8 weights are read as plain ones; their scales have no names here."""
 
-    def __init__(self, path: str) -> None:
-        """ValueError where there is no model, or an index names a file that is missing or elsewhere."""
+    def __init__(
+        self, path: str, *, allow_pickle: bool = False, dequantized_dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        """Open a directory: every header is read and checked, and no data.
+
+        allow_pickle: read pytorch_model.bin, as weights alone, where there are no safetensors.
+        dequantized_dtype: of FP8 weights once read.
+
+        Raises ValueError, naming file and tensor, for whatever of hf_weight_files.open_tensors, a quantization that
+        cannot be read, and an FP8 weight whose scales are missing or of another shape.
+        """
         self.path = Path(path)
-        if (self.path / _INDEX).exists():
-            self._file_of = self._read_index()
-        elif (self.path / _WHOLE).exists():
-            self._file_of = dict.fromkeys(self._names_in(_WHOLE), _WHOLE)
-        else:
-            raise ValueError(f"{path} holds no {_WHOLE}; save the model with safetensors first")
+        self.dequantized_dtype = dequantized_dtype
+        self._block = weight_block(self.path)
+        self._files = open_tensors(self.path, allow_pickle)
+        self._scale_of = {
+            name: self._scale(name) for name, file in self._files.items() if file.tensors[name].dtype in _FP8
+        }
+        self.names: tuple[str, ...] = tuple(sorted(self._files.keys() - set(self._scale_of.values())))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor. This and the methods below raise ValueError where the directory lacks it."""
+        return self._stored(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What `read` returns."""
+        return self.dequantized_dtype if name in self._scale_of else self._stored(name).dtype
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """What the file holds: float8 for a quantized weight."""
+        return self._stored(name).dtype
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of what `read` returns."""
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
+
+    def file_of(self, name: str) -> str:
+        """Name, in the directory, of the file that holds the tensor."""
+        self._stored(name)
+        return self._files[name].path.name
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor. ValueError where the directory lacks it or its file is damaged."""
-        if name not in self._file_of:
-            raise ValueError(f"{self.path} lacks the tensor {name}, which its config.json implies")
-        file = self.path / self._file_of[name]
-        try:
-            with safe_open(str(file), "pt") as f:
-                return f.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: cannot read the tensor {name}: {error}; download or save it again") from error
+        """The whole tensor. Mapped, so that a slice costs only itself, unless it had to be dequantized.
 
-    def require_no_others(self, names: Collection[str]) -> None:
-        """ValueError where the directory holds a tensor that is not among `names`."""
-        others = sorted(n for n in self._file_of.keys() - set(names) if not n.endswith(_COMPUTED))
+        Raises ValueError where the directory lacks it or its file can no longer be read.
+        """
+        self._stored(name)
+        value = self._files[name].read(name)
+        if name not in self._scale_of:
+            return value
+        scale = self._scale_of[name]
+        return dequantize(value, self._files[scale].read(scale), self.dequantized_dtype, self._block)
+
+    def require_no_others(self, expected: Collection[str], optional: Collection[str] = ()) -> None:
+        """ValueError where the directory holds a tensor that is neither expected nor optional."""
+        others = sorted(set(self.names) - set(expected) - set(optional))
+        others = [name for name in others if not name.endswith(_COMPUTED)]
         if others:
-            shown = ", ".join(others[:_SHOWN]) + (", ..." if len(others) > _SHOWN else "")
+            shown = ", ".join(f"{name} in {self.file_of(name)}" for name in others[:_SHOWN])
             raise ValueError(
-                f"{self.path} holds {len(others)} tensors that its config.json does not imply ({shown}); check "
-                "num_hidden_layers, and merge adapters first"
+                f"{self.path} holds {len(others)} tensors that its config.json does not imply ({shown}"
+                f"{', ...' if len(others) > _SHOWN else ''}); check num_hidden_layers, and merge adapters first"
             )
 
-    def _read_index(self) -> dict[str, str]:
-        try:
-            files: dict[str, str] = dict(json.loads((self.path / _INDEX).read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path / _INDEX} is not an index of safetensors: {error!r}") from error
-        for file in set(files.values()):
-            if Path(file).name != file:
-                raise ValueError(f"{self.path / _INDEX} names {file}; only files in the same directory are read")
-            if not (self.path / file).is_file():
-                raise ValueError(f"{self.path / file} is missing; {_INDEX} names it")
-        return files
+    def _stored(self, name: str) -> StoredTensor:
+        if name not in self._files:
+            raise ValueError(f"{self.path} lacks the tensor {name}, which its config.json implies")
+        return self._files[name].tensors[name]
 
-    def _names_in(self, file: str) -> list[str]:
-        try:
-            with safe_open(str(self.path / file), "pt") as f:
-                return list(f.keys())
-        except SafetensorError as error:
-            raise ValueError(f"{self.path / file} is damaged: {error}; download or save it again") from error
+    def _scale(self, name: str) -> str:
+        """Name of the scales of the FP8 weight `name`, once they are found to fit it."""
+        file, scale = self._files[name], name + SCALE_SUFFIX
+        shape = file.tensors[name].shape
+        if scale not in self._files:
+            raise ValueError(
+                f"{file.path}: {name} is FP8, and the directory lacks its scales {scale}; only block-scaled FP8 is "
+                "read: download the model again, or start from its unquantized checkpoint"
+            )
+        found = self._stored(scale)
+        needed = scale_shape(shape, self._block) if len(shape) == 2 else None
+        if needed is None or found.shape != needed or found.dtype not in _SCALES:
+            raise ValueError(
+                f"{self._files[scale].path}: {scale} {found.dtype} {found.shape} does not scale {name} {shape} in "
+                f"blocks of {self._block}; check quantization_config.weight_block_size in config.json"
+            )
+        return scale
