@@ -19,6 +19,8 @@ setup(
         "transformers>=5.19",
         "tokenizers",
         "sentencepiece",
+        "protobuf",
+        "jinja2",
         "safetensors",
         "math-verify",
         "reasoning-gym",

@@ -13,7 +13,7 @@ from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.config.load import dump_toml
 from megatron_rpp.config.schema import Config
 from megatron_rpp.data.prompts import PromptSource, load_prompts
-from megatron_rpp.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_rpp.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_rpp.engine.advantages import ShapingState
 from megatron_rpp.engine.optimizer import Optimizer, make_trainable
 from megatron_rpp.experience.types import Prompt
@@ -91,8 +91,8 @@ def open_session(config: Config, *, resume: bool) -> Iterator[Session]:
     parallel = bootstrap.initialize(config.parallel, config.run.seed, longest_wait_s(config))
     with ExitStack() as stack:
         stack.callback(bootstrap.shutdown)
-        tokenizer = load_tokenizer(config.model.path)
-        _check_vocabulary(config, tokenizer)
+        tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+        check_vocabulary(tokenizer, read_hf_config(config.model.path).vocab_size, config.model.path)
         prompts, eval_prompts = _prompts(config, tokenizer)
         prompt_source = PromptSource(prompts, config.rollout.num_prompts, config.run.seed)
         reward = build_reward(config.reward, config.data.train)
@@ -136,15 +136,6 @@ def longest_wait_s(config: Config) -> float:
     """The longest that ranks may have to wait for one that talks to a server."""
     rollout, sync = config.rollout, config.weight_sync
     return max(rollout.request_deadline_s, rollout.startup_deadline_s, sync.deadline_s)
-
-
-def _check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
-    rows = read_hf_config(config.model.path).vocab_size
-    if tokenizer.vocab_size > rows:
-        raise ValueError(
-            f"model.path={config.model.path}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size "
-            f"is {rows}; use the tokenizer that belongs to the model"
-        )
 
 
 def total_optimizer_steps(config: Config) -> int:

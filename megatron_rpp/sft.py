@@ -41,7 +41,7 @@ def run(config: Config) -> None:
 
 def _train(config: Config, parallel: ParallelContext) -> None:
     sft = config.sft
-    tokenizer = load_tokenizer(sft.init)
+    tokenizer = load_tokenizer(sft.init, trust_remote_code=config.model.trust_remote_code)
     demonstrations = load_demonstrations(sft.data, tokenizer, config.data, max_tokens=config.rollout.context_length)
     model, optimizer = make_trainable(
         build_model(config, parallel, path=sft.init), _optimizer_config(config), sft.steps

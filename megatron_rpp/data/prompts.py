@@ -96,7 +96,7 @@ def format_prompt(template: str, fields: Mapping[str, Any], where: str) -> str:
 
 
 def _tokenize(texts: list[str], data: DataConfig, tokenizer: Tokenizer) -> list[list[int]]:
-    return tokenizer.encode_many([tokenizer.render_chat(text) for text in texts] if data.chat_template else texts)
+    return tokenizer.encode_prompts(texts, chat=data.chat_template)
 
 
 def _check_length(where: str, tokens: int, limit: int) -> None:

@@ -30,6 +30,7 @@ class ServerFleet:
                 dtype=config.model.dtype,
                 log_path=Path(config.run.dir) / "logs" / "sglang.txt",
                 device=device.current().type,
+                trust_remote_code=config.model.trust_remote_code,
             )
             self._server.start()  # it loads while the trainer builds its models
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from megatron_rpp.config.schema import RolloutConfig
 from megatron_rpp.device import sglang_cpu
@@ -26,7 +27,9 @@ _CPU_FLAGS = (
 )
 
 
-def server_command(model_path: str, rollout: RolloutConfig, dtype: str, device: str, port: int) -> list[str]:
+def server_command(
+    model_path: str, rollout: RolloutConfig, dtype: str, device: str, port: int, *, trust_remote_code: bool = False
+) -> list[str]:
     """The command; `rollout.server_args` come last, so that they win."""
     command = [
         *(sys.executable, "-m", "sglang.launch_server"),
@@ -37,6 +40,10 @@ def server_command(model_path: str, rollout: RolloutConfig, dtype: str, device: 
         *("--context-length", str(rollout.context_length)),
         "--skip-tokenizer-init",  # token ids go in and come out; the trainer decodes
     ]
+    if trust_remote_code:
+        command.append("--trust-remote-code")
+    if not any(Path(model_path).glob("*.safetensors")) and not any(Path(model_path).glob("*.bin")):
+        command += ["--load-format", "dummy"]  # a Megatron directory: the first weight sync brings the weights
     if device == "cpu":
         # Without a limit the KV cache takes all memory.
         command += [*_CPU_FLAGS, "--max-total-tokens", str(max(rollout.max_total_tokens, rollout.context_length))]

@@ -42,12 +42,15 @@ class SGLangServer:
         dtype: str,
         log_path: Path,
         device: str = "cpu",
+        trust_remote_code: bool = False,
         port: int | None = None,  # None: rollout.port; 0: a free one
         command: Callable[[int], list[str]] | None = None,  # of a port; tests put a small program here
     ) -> None:
         self._rollout, self._device, self._log_path = rollout, device, log_path
         self._wanted_port = rollout.port if port is None else port
-        self._command = command or (lambda p: server_command(model_path, rollout, dtype, device, p))
+        self._command = command or (
+            lambda p: server_command(model_path, rollout, dtype, device, p, trust_remote_code=trust_remote_code)
+        )
         self._port = self._wanted_port
         self._process: subprocess.Popen[bytes] | None = None
         self._log_start = 0  # of the present process, in bytes: the log keeps earlier ones

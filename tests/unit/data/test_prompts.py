@@ -31,6 +31,9 @@ class Characters:
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
+    def encode_prompts(self, texts: Sequence[str], *, chat: bool) -> list[list[int]]:
+        return self.encode_many([self.render_chat(text) for text in texts] if chat else texts)
+
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(chr(i) for i in ids)
 
