@@ -28,13 +28,17 @@ class ModelConfig:
     """The policy; the reference is a frozen copy of it."""
 
     path: str = ""
-    """Hugging Face directory (config.json, safetensors, tokenizer) that the policy starts from."""
+    """Directory that the policy starts from: Hugging Face's (config.json, safetensors, tokenizer) or a converted one."""
     dtype: str = "float32"
     """Parameter and activation type: float32 or bfloat16."""
     layer_spec: str = "auto"
     """Megatron layer spec: te (Transformer Engine), local, or auto (te where it and CUDA exist)."""
     vocab_divisor: int = 1
     """The vocabulary is padded to a multiple of this times parallel.tensor (64 or 128 suits GPUs)."""
+    allow_pickle: bool = False
+    """Read pytorch_model.bin, which is a pickle, where the directory has no safetensors (weights alone are built)."""
+    trust_remote_code: bool = False
+    """Run Python files of the directory, where its tokenizer is written in them."""
 
 
 @dataclass(frozen=True)
