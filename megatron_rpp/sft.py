@@ -62,7 +62,7 @@ def _train(config: Config, parallel: ParallelContext) -> None:
                 f"grad norm {norm:.3f}  lr {optimizer.lr:.2e}  {seconds:.0f} s\n"
             )
             sys.stdout.flush()
-    save_hf(model, sft.init, sft.output)
+    save_hf(model, sft.init, sft.output, mtp=config.model.mtp)
     logger.info("wrote %s", sft.output)
 
 

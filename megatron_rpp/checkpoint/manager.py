@@ -15,7 +15,7 @@ from typing import Any
 from megatron.core import dist_checkpointing
 
 from megatron_rpp.checkpoint.run_state import RunState
-from megatron_rpp.checkpoint.torch_adam import allocate_state, load_state
+from megatron_rpp.checkpoint.torch_adam import allocate_state, give_steps, load_state
 from megatron_rpp.engine.optimizer import Optimizer
 from megatron_rpp.model.build import Model
 from megatron_rpp.model.export_hf import make_empty
@@ -23,7 +23,8 @@ from megatron_rpp.parallel.collectives import on_rank_0
 
 _STEP = re.compile(r"step-(\d+)")
 # The default sharding of the distributed optimizer cannot be resharded by dist_checkpointing.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+# Experts have an optimizer of their own in Megatron; its place in the chain is no part of a tensor's name.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def latest_checkpoint(run_dir: str | Path) -> Path | None:
@@ -66,6 +67,7 @@ def load_checkpoint(path: Path, policy: Model, optimizer: Optimizer) -> RunState
 
 
 def _sharded(policy: Model, optimizer: Optimizer, *, is_loading: bool) -> dict[str, Any]:
+    give_steps(optimizer.megatron)
     state: dict[str, Any] = {key: chunk.sharded_state_dict() for key, chunk in _chunk_keys(policy)}
     state["optimizer"] = optimizer.megatron.sharded_state_dict(state, is_loading=is_loading, metadata=_METADATA)
     return state

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 
+_NO_PARAMETER = "no parameter"  # a key in the state of an AdamW; torch keeps such entries and passes them over
+
 
 def allocate_state(optimizer: MegatronOptimizer) -> None:
     """Give every parameter of a fresh AdamW its zero state; other optimizers are left alone."""
@@ -27,15 +29,29 @@ def allocate_state(optimizer: MegatronOptimizer) -> None:
                     }
 
 
-def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
+def give_steps(optimizer: MegatronOptimizer) -> None:
+    """Give an AdamW without parameters the step of the others: Megatron saves each one's step.
+
+    A pipeline stage without experts has one for experts all the same, and the first stage's is what is saved.
+    """
+    adams = list(_torch_adams(optimizer))
+    steps = [state["step"] for adam in adams for state in adam.state.values()]
+    for adam in adams:
+        if not any(group["params"] for group in adam.param_groups):
+            adam.state[_NO_PARAMETER] = {"step": steps[0].clone()}  # type: ignore[index]
+
+
+def load_state(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> None:
     """`optimizer.load_state_dict(loaded)`, step counts included."""
     adams = list(_torch_adams(optimizer))
-    moments = loaded.pop("param_state", None) if adams else None
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])  # a second one where the model has experts
+    states = [loaded] if len(parts) == 1 else [loaded[i] for i in range(len(parts))]
+    moments = [state.pop("param_state", None) if adams else None for state in states]
     optimizer.load_state_dict(loaded)
     steps = [(state, state.pop("step").clone()) for adam in adams for state in adam.state.values()]
-    if moments is not None:
-        (part,) = optimizer.chained_optimizers
-        part.load_parameter_state_from_fully_reshardable(moments)
+    for part, moment in zip(parts, moments, strict=True):
+        if moment is not None:
+            part.load_parameter_state_from_fully_reshardable(moment)
     for state, step in steps:
         state["step"] = step
 

@@ -15,6 +15,7 @@ LR_SCHEDULES = ("constant", "linear", "cosine")
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
     "model.layer_spec": ("auto", "te", "local"),
+    "model.mtp": ("keep", "drop"),
     "algorithm.estimator": ("reinforce_pp", "reinforce_pp_baseline", "grpo", "dr_grpo", "rloo", "remax"),
     "algorithm.kl_placement": ("to_go", "folded", "instant", "none"),
     "algorithm.kl_estimator": ("k1", "k2", "k3"),

@@ -28,7 +28,7 @@ class ModelConfig:
     """The policy; the reference is a frozen copy of it."""
 
     path: str = ""
-    """Directory that the policy starts from: Hugging Face's (config.json, safetensors, tokenizer) or a converted one."""
+    """Directory that the policy starts from: Hugging Face (config.json, safetensors, tokenizer) or converted."""
     dtype: str = "float32"
     """Parameter and activation type: float32 or bfloat16."""
     layer_spec: str = "auto"
@@ -37,6 +37,8 @@ class ModelConfig:
     """The vocabulary is padded to a multiple of this times parallel.tensor (64 or 128 suits GPUs)."""
     allow_pickle: bool = False
     """Read pytorch_model.bin, which is a pickle, where the directory has no safetensors (weights alone are built)."""
+    mtp: str = "keep"
+    """Multi-token prediction layers, never trained: keep (exports take them from a Hugging Face `path`) or drop."""
     trust_remote_code: bool = False
     """Run Python files of the directory, where its tokenizer is written in them."""
 

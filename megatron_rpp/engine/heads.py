@@ -33,6 +33,7 @@ class LogprobHead:
     temperature: float
     chunk_tokens: int
     tp_group: ProcessGroup | None
+    softcap: float | None = None  # the model's own, of its logits
 
     def __call__(self, logits: Tensor, micro: ExperienceBatch) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs, entropy = self.logprobs(logits, micro)
@@ -47,6 +48,7 @@ class LogprobHead:
             rows=rows * logits.shape[1] + positions,
             vocab_size=self.vocab_size,
             temperature=self.temperature,
+            softcap=self.softcap,
             chunk_tokens=self.chunk_tokens,
             group=self.tp_group,
             overwrite_logits=True,  # Megatron's output layer does not keep them, and only heads read them

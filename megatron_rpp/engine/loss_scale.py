@@ -19,9 +19,13 @@ step's loss, whatever the layout. Megatron (0.16) would multiply L_dm by these f
 - `grad_scale_func`: the loss scaler of float16. It is None; bfloat16 and float32 need none.
 - `clip_grad` in the optimizer scales by min(1, clip_grad / norm): wanted, and the same on every layout.
 
-Two more act on losses that we do not have yet: `MoEAuxLossAutoScaler` and `MTPLossAutoScaler` give the
+An expert's gradient comes from the tokens of all ranks that send it some, and its ranks sum it over those
+that hold the same expert (`engine.optimizer` has it reduced apart from the rest): a plain sum again.
+
+Two more factors act on losses that we do not have: `MoEAuxLossAutoScaler` and `MTPLossAutoScaler` give the
 auxiliary losses the scale 1 under `calculate_per_token_loss` (each is then a sum over tokens, to be divided
-by N with the rest), so a model with experts must set their scale to 1 / N. `read_hf_config` refuses such models.
+by N with the rest). `model.moe_config` turns the balancing of experts off; with it on, its scale would have
+to be 1 / N. The selection bias of a router is frozen: `moe_router_bias_update_rate` is 0.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_rpp.config import schema
 from megatron_rpp.engine.loss_scale import use_plain_gradient_sum
 from megatron_rpp.model.build import Model
+from megatron_rpp.model.shards import sharded_parameters
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ def make_trainable(model: Model, config: schema.OptimizerConfig, total_steps: in
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=config.distributed, overlap_grad_reduce=False
     )
+    _reduce_experts_apart(model)
     chunks = [
         DistributedDataParallel(config=model.config, ddp_config=ddp_config, module=chunk) for chunk in model.chunks
     ]
@@ -55,6 +57,17 @@ def make_trainable(model: Model, config: schema.OptimizerConfig, total_steps: in
         use_gloo_process_groups=False,
     )
     return replace(model, chunks=list(chunks)), Optimizer(megatron, _schedule(megatron, config, total_steps))
+
+
+def _reduce_experts_apart(model: Model) -> None:
+    """Have DDP sum every expert's gradient over the ranks that hold the same expert.
+
+    Megatron marks experts so (`allreduce`) only under expert parallelism. With EP 1, TP above 1 and ETP 1 each
+    TP rank runs its own tokens through whole experts, and their gradients would not be summed over TP.
+    """
+    for item in sharded_parameters(model.chunks):
+        if item.is_expert:
+            item.parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 def _schedule(

@@ -14,7 +14,7 @@ from megatron_rpp.engine.loss_scale import as_megatron_loss
 from megatron_rpp.experience.collate import split_microbatches
 from megatron_rpp.experience.types import ExperienceBatch
 from megatron_rpp.model.build import Model
-from megatron_rpp.parallel.collectives import share_tensors
+from megatron_rpp.parallel.collectives import max_over, share_tensors
 
 
 def run_pipeline(
@@ -29,11 +29,14 @@ def run_pipeline(
         columns at the end), scalars summed.
     """
     parallel = model.parallel
+    least_rows, least_length = _largest(model, batch)
     microbatches = split_microbatches(
         batch,
         micro_batch_size,
         count_multiple=parallel.pp_size if parallel.vpp_size > 1 else 1,
         length_multiple=parallel.tp_size if model.config.sequence_parallel else 1,
+        least_rows=least_rows,
+        least_length=least_length,
     )
     iterators = [iter(microbatches) for _ in model.chunks]
     outputs = get_forward_backward_func()(
@@ -47,6 +50,19 @@ def run_pipeline(
     )
     joined = _join(outputs, len(batch)) if parallel.is_last_stage else None
     return share_tensors(parallel.pp_group, joined, parallel.pp_size - 1, parallel.device)
+
+
+def _largest(model: Model, batch: ExperienceBatch) -> tuple[int, int]:
+    """(rows, length) of the largest batch among replicas whose tokens meet in the same experts.
+
+    Their token dispatchers exchange equally shaped microbatches, and equally many of them.
+    """
+    parallel = model.parallel
+    shape = torch.tensor([len(batch), batch.tokens.shape[1]], device=parallel.device)
+    if model.hf.moe is not None and parallel.ep_size * parallel.etp_size > 1:
+        shape = max_over(parallel.dp_group)(shape)
+    rows, length = shape.tolist()
+    return rows, length
 
 
 def _forward_step(

@@ -33,6 +33,7 @@ def logprob_head(model: Model, config: Config, temperature: float) -> LogprobHea
         temperature=temperature,
         chunk_tokens=config.train.logprob_chunk_tokens,
         tp_group=model.parallel.tp_group if model.parallel.tp_size > 1 else None,
+        softcap=model.hf.logits_softcap,
     )
 
 

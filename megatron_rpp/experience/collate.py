@@ -52,18 +52,26 @@ def pad_rows(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: 
 
 
 def split_microbatches(
-    batch: ExperienceBatch, size: int, *, count_multiple: int = 1, length_multiple: int = 1
+    batch: ExperienceBatch,
+    size: int,
+    *,
+    count_multiple: int = 1,
+    length_multiple: int = 1,
+    least_rows: int = 0,
+    least_length: int = 0,
 ) -> list[ExperienceBatch]:
     """Microbatches of `size` rows each, in order.
 
     Rows without response tokens fill the last one and, up to `count_multiple`, whole microbatches
     (an interleaved pipeline schedule wants a multiple of the stages). S is rounded up to
-    `length_multiple` (sequence parallelism splits it evenly).
+    `length_multiple` (sequence parallelism splits it evenly). The batch is cut as if it had `least_rows`
+    rows and `least_length` columns, where it has fewer.
     """
-    count = -(-len(batch) // size)
+    count = -(-max(len(batch), least_rows) // size)
     count = -(-count // count_multiple) * count_multiple
     rows = count * size - len(batch)
-    columns = -batch.tokens.shape[1] % length_multiple
+    length = max(batch.tokens.shape[1], least_length)
+    columns = -(-length // length_multiple) * length_multiple - batch.tokens.shape[1]
     padded = {name: _pad(x, rows, columns) for name, x in batch.tensors().items()}
     pieces = {name: x.split(size) for name, x in padded.items()}
     return [ExperienceBatch(**{name: parts[i] for name, parts in pieces.items()}) for i in range(count)]

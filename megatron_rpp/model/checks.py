@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.schema import Config, ParallelConfig
-from megatron_rpp.model.hf_config import HFConfig
+from megatron_rpp.model.hf_config import HFConfig, MoE
 from megatron_rpp.model.hf_mapping import read_hf_config
 
 
@@ -28,9 +28,6 @@ def check_lengths(config: Config, hf: HFConfig) -> None:
     if context > hf.max_position_embeddings:
         limit = f"the model's max_position_embeddings={hf.max_position_embeddings}"
         raise ConfigError(f"rollout.context_length={context} must be at most {limit}")
-    if hf.sliding_window and context > hf.sliding_window:
-        limit = f"the model's sliding_window={hf.sliding_window}: sliding-window attention is not supported beyond it"
-        raise ConfigError(f"rollout.context_length={context} must be at most {limit}")
 
 
 def check_split(parallel: ParallelConfig, hf: HFConfig) -> None:
@@ -43,12 +40,37 @@ def check_split(parallel: ParallelConfig, hf: HFConfig) -> None:
     sizes = {
         "num_attention_heads": hf.num_attention_heads,
         "num_key_value_heads": hf.num_query_groups,
-        "intermediate_size": hf.ffn_hidden_size,
     }
+    if hf.moe is None or not all(hf.moe.layers):
+        sizes["intermediate_size"] = hf.ffn_hidden_size
+    if hf.moe is not None:
+        sizes["the width of shared experts"] = hf.moe.shared_ffn_hidden_size
     for name, size in sizes.items():
         if size % parallel.tensor:
             raise ConfigError(f"parallel.tensor={parallel.tensor} must divide {name}={size}")
+    _check_experts(parallel, hf.moe)
     _check_stages(parallel, hf.num_layers)
+
+
+def _check_experts(parallel: ParallelConfig, moe: MoE | None) -> None:
+    """Experts divide over the tensor x data ranks of a stage, and each over expert_tensor of them."""
+    for name, size in (("expert", parallel.expert), ("expert_tensor", parallel.expert_tensor)):
+        if moe is None and size > 1:
+            raise ConfigError(f"parallel.{name}={size} must be 1: the model has no experts")
+    if moe is None:
+        return
+    if parallel.tensor > 1 and not parallel.sequence:
+        raise ConfigError(
+            f"parallel.tensor={parallel.tensor} must go with parallel.sequence=true: the model has experts"
+        )
+    if moe.num_experts % parallel.expert:
+        raise ConfigError(f"parallel.expert={parallel.expert} must divide num_experts={moe.num_experts}")
+    if moe.ffn_hidden_size % parallel.expert_tensor:
+        width = f"an expert's width, {moe.ffn_hidden_size}"
+        raise ConfigError(f"parallel.expert_tensor={parallel.expert_tensor} must divide {width}")
+    if parallel.tensor * parallel.data % (parallel.expert * parallel.expert_tensor):
+        split = f"parallel.expert={parallel.expert} x parallel.expert_tensor={parallel.expert_tensor}"
+        raise ConfigError(f"{split} must divide parallel.tensor={parallel.tensor} x parallel.data={parallel.data}")
 
 
 def _check_stages(parallel: ParallelConfig, layers: int) -> None:

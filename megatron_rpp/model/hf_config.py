@@ -88,6 +88,7 @@ class HFConfig:
     moe: MoE | None = None
     mla: MLA | None = None
     num_mtp_layers: int = 0  # multi-token prediction layers behind the last one
+    mtp_copies: tuple[str, ...] = ("embed_tokens.weight", "shared_head.head.weight")  # main tensors that they repeat
 
 
 class RawConfig:

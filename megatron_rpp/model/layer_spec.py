@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
 
-import torch
-import torch.nn.functional as F
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_rpp import device
+from megatron_rpp.device import without_te
 from megatron_rpp.model.attention import SDPACoreAttention
+from megatron_rpp.model.hf_config import HFConfig
+from megatron_rpp.model.layer_features import add_features
+from megatron_rpp.model.mla import use_local_mla
+from megatron_rpp.model.norms import RMSNorm
 
 
 def resolve_layer_spec(choice: str) -> str:
@@ -26,39 +29,60 @@ def resolve_layer_spec(choice: str) -> str:
     return choice
 
 
-def block_spec(config: TransformerConfig, layer_spec: str, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, hf: HFConfig, layer_spec: str, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """The spec of the decoder layers that this rank (and virtual stage) holds, with its final norm."""
     if layer_spec == "te":
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
-    layers = [_local_layer(config)] * get_num_layers_to_build(config, vp_stage=vp_stage)
+        block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        for layer in block.layer_specs:
+            add_features(layer, hf, config, norm=block.layer_norm)
+        return block
+    without_te.correct_megatron()
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    layers = local_layers(config, hf)[first : first + get_num_layers_to_build(config, vp_stage=vp_stage)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
-def _local_layer(config: TransformerConfig) -> ModuleSpec:
+def mtp_spec(
+    config: TransformerConfig, block: TransformerBlockSubmodules, layer_spec: str, vp_stage: int | None
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """The spec of multi-token prediction layers like the last of `block`; None where this rank holds none."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+
+    spec = get_gpt_mtp_block_spec(config, block, use_transformer_engine=layer_spec == "te", vp_stage=vp_stage)
+    if spec is not None and layer_spec == "local":
+        for layer in spec.layer_specs:
+            layer.submodules.enorm = layer.submodules.hnorm = layer.submodules.layer_norm = RMSNorm
+    return spec
+
+
+def local_layers(config: TransformerConfig, hf: HFConfig) -> list[ModuleSpec]:
+    """The local spec of each of the model's layers: with a dense MLP, or with experts."""
+    dense, experts = _local_layer(config, hf, None), _local_layer(config, hf, config.num_moe_experts)
+    return [experts if has_experts else dense for has_experts in (hf.moe.layers if hf.moe else [False] * hf.num_layers)]
+
+
+def _local_layer(config: TransformerConfig, hf: HFConfig, num_experts: int | None) -> ModuleSpec:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    spec = get_gpt_layer_local_spec(
+        num_experts=num_experts,
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
+        normalization=config.normalization,
+    )
     layer = spec.submodules
+    if config.multi_latent_attention:
+        use_local_mla(layer)
+    if num_experts:  # Transformer Engine fuses no norm into a router: its checkpoints call it by its own name
+        layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
     attention.core_attention = SDPACoreAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    add_features(spec, hf, config, norm=RMSNorm)
     return spec
-
-
-class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm that allows sequence parallelism, which Megatron's `WrappedTorchNorm` refuses."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device.current()))
-        # finalize_model_grads sums the gradients of parameters so marked over the TP ranks.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize over the last dimension; any shape [..., hidden_size]."""
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)

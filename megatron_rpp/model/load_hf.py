@@ -8,25 +8,41 @@ import torch
 
 from megatron_rpp.model.hf_config import HFConfig
 from megatron_rpp.model.hf_mapping import family_of
+from megatron_rpp.model.hf_mapping.mtp import stored_mtp, without_mtp
 from megatron_rpp.model.hf_mapping.transforms import Shard
 from megatron_rpp.model.hf_tensors import HFTensors
 from megatron_rpp.model.shards import sharded_parameters
 from megatron_rpp.parallel.context import ParallelContext
 
 
-def load_hf_weights(chunks: Sequence[torch.nn.Module], hf: HFConfig, path: str, parallel: ParallelContext) -> None:
-    """Fill every parameter of `chunks` from the directory `path`.
+def load_hf_weights(
+    chunks: Sequence[torch.nn.Module],
+    hf: HFConfig,
+    path: str,
+    parallel: ParallelContext,
+    *,
+    dtype: torch.dtype,
+    allow_pickle: bool = False,
+    mtp: str = "keep",
+) -> None:
+    """Fill every parameter of `chunks` from the directory `path`; FP8 weights become `dtype`.
+
+    mtp: `keep` compares what the directory's MTP layers repeat of the model; `drop` does not.
 
     Raises ValueError that names a tensor which is missing, cannot be read, does not fit, or that the
     architecture does not have.
     """
-    family, tensors = family_of(hf), HFTensors(path)
-    tensors.require_no_others(family.hf_names(hf))
+    tensors = HFTensors(path, allow_pickle=allow_pickle, dequantized_dtype=dtype)
+    hf = stored_mtp(hf, tensors.names)
+    tensors.require_no_others(family_of(hf).hf_names(hf))
+    hf = hf if mtp == "keep" else without_mtp(hf)
+    family = family_of(hf)
     for item in sharded_parameters(chunks):
         # A tied model has no lm_head: the last stage's copy is the embedding.
         name = "embedding.word_embeddings.weight" if item.is_tied_copy else item.name
         rule, hf_names = family.find(name)
-        shard = Shard(item.dim, parallel.tp_rank, parallel.tp_size, item.parameter.shape[0])
+        group = parallel.etp_group if item.is_expert else parallel.tp_group
+        shard = Shard(item.dim, group.rank(), group.size(), item.parameter.shape[0])
         parts = [tensors.read(n) for n in hf_names]
         try:
             value = rule.transform.split(parts, shard, hf)

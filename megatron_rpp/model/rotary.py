@@ -3,9 +3,39 @@
 from __future__ import annotations
 
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_rpp.model.hf_config import HFConfig, Rope
+
+
+def install_rotary(model: GPTModel, hf: HFConfig) -> None:
+    """Give `model` the frequencies of `hf`, in every layer or in layers with full attention and sliding ones apart."""
+    if hf.mla is not None:
+        return  # each layer has its own: mla_config.py
+    model.rotary_pos_emb.inv_freq, _ = frequencies(hf.rope, hf)
+    if hf.sliding_rope is not None:
+        sliding, _ = frequencies(hf.sliding_rope, hf)
+        model.rotary_pos_emb = TwoRotaryEmbeddings(model.rotary_pos_emb.inv_freq, sliding, hf)
+
+
+class TwoRotaryEmbeddings(RotaryEmbedding):
+    """The angles of layers with full attention and of sliding layers; `TwoRopeSelfAttention` takes its own."""
+
+    def __init__(self, full: Tensor, sliding: Tensor, hf: HFConfig) -> None:
+        """`full` and `sliding`: [rotated dims / 2] float32 inverse frequencies."""
+        assert hf.sliding_rope is not None and hf.sliding_rope.interleaved == hf.rope.interleaved
+        super().__init__(hf.head_dim, hf.rope.fraction, hf.rope.interleaved, use_cpu_initialization=True)
+        self.sliding = RotaryEmbedding(
+            hf.head_dim, hf.sliding_rope.fraction, hf.rope.interleaved, use_cpu_initialization=True
+        )
+        self.inv_freq, self.sliding.inv_freq = full, sliding
+
+    def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
+        """[S, 2, 1, rotated dims]; the base class caches it, and splits its first dimension over CP ranks."""
+        both = [super().get_emb(max_seq_len, offset), self.sliding.get_emb(max_seq_len, offset)]
+        return torch.cat(both, dim=1)
 
 
 def frequencies(rope: Rope, hf: HFConfig) -> tuple[Tensor, float]:
@@ -36,6 +66,8 @@ def attention_scale(hf: HFConfig) -> float | None:
     yarn multiplies cosines and sines by a factor, which scales queries and keys both; where whole heads
     are rotated that is the square of it on the scores.
     """
+    if hf.mla is not None:
+        return None  # `MultiLatentAttention` computes its own
     _, factor = frequencies(hf.rope, hf)
     if factor == 1.0:
         return hf.attention_scale

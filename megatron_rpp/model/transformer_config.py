@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from torch import Tensor
 
 from megatron_rpp import device
 from megatron_rpp.config.schema import Config
 from megatron_rpp.model.hf_config import HFConfig
+from megatron_rpp.model.layer_spec import resolve_layer_spec
+from megatron_rpp.model.mla_config import mla_settings, wants_qk_layernorm
+from megatron_rpp.model.moe_config import moe_settings
 from megatron_rpp.model.rotary import attention_scale
 
 
 def transformer_config(hf: HFConfig, config: Config) -> TransformerConfig:
     """Megatron's configuration of `hf`, without dropout and without fusions that need apex."""
     dtype = device.dtype(config.model.dtype)
-    return TransformerConfig(
+    layer_spec = resolve_layer_spec(config.model.layer_spec)
+    kind = TransformerConfig if hf.mla is None else MLATransformerConfig
+    return kind(
         num_layers=hf.num_layers,
         hidden_size=hf.hidden_size,
         ffn_hidden_size=hf.ffn_hidden_size,
@@ -23,14 +29,17 @@ def transformer_config(hf: HFConfig, config: Config) -> TransformerConfig:
         num_query_groups=hf.num_query_groups,
         kv_channels=hf.head_dim,
         normalization="RMSNorm",
+        layernorm_zero_centered_gamma=hf.zero_centered_norm,
         layernorm_epsilon=hf.norm_eps,
         softmax_scale=attention_scale(hf),
+        window_size=(hf.sliding_window - 1, 0) if hf.sliding_window else None,  # positions before and behind a token
+        window_attn_skip_freq=[int(slides) for slides in hf.sliding_layers] if hf.sliding_window else None,
         rotary_interleaved=hf.rope.interleaved,
-        qk_layernorm=hf.qk_norm,
+        qk_layernorm=wants_qk_layernorm(hf, layer_spec),
         add_bias_linear=False,
         add_qkv_bias=hf.qkv_bias,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=F.silu if hf.activation == "silu" else _gelu_tanh,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -53,4 +62,11 @@ def transformer_config(hf: HFConfig, config: Config) -> TransformerConfig:
         persist_layer_norm=False,
         apply_rope_fusion=False,
         batch_p2p_comm=device.has_cuda(),  # gloo pairs isend and irecv by order only
+        mtp_num_layers=hf.num_mtp_layers or None,
+        **moe_settings(hf, config.parallel, layer_spec),
+        **mla_settings(hf, config.parallel, layer_spec),
     )
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")

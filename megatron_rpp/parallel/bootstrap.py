@@ -51,6 +51,8 @@ def _megatron_groups(config: ParallelConfig, seed: int) -> ParallelContext:
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+        expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=config.expert_tensor,
         create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -59,6 +61,8 @@ def _megatron_groups(config: ParallelConfig, seed: int) -> ParallelContext:
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         replica_group=parallel_state.get_model_parallel_group(),
+        ep_group=parallel_state.get_expert_model_parallel_group(),
+        etp_group=parallel_state.get_expert_tensor_parallel_group(),
         vpp_size=config.virtual_pipeline,
         device=device.current(),
     )

@@ -17,11 +17,19 @@ T = TypeVar("T")
 
 def sum_over(group: ProcessGroup) -> Callable[[Tensor], Tensor]:
     """An all-reduce (sum) over `group` as a function of a tensor; the argument is left as it was."""
+    return _all_reduce(group, dist.ReduceOp.SUM)
 
+
+def max_over(group: ProcessGroup) -> Callable[[Tensor], Tensor]:
+    """An all-reduce (maximum, of each element) over `group`, like `sum_over`."""
+    return _all_reduce(group, dist.ReduceOp.MAX)
+
+
+def _all_reduce(group: ProcessGroup, operation: dist.ReduceOp.RedOpType) -> Callable[[Tensor], Tensor]:
     def reduce(x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total, group=group)
-        return total
+        result = x.clone()
+        dist.all_reduce(result, operation, group=group)
+        return result
 
     return reduce
 

@@ -13,13 +13,17 @@ from torch.distributed import ProcessGroup
 class ParallelContext:
     """One rank's place in the TP x PP x DP grid.
 
-    A replica is one whole copy of the model: the TP x PP ranks that share a data-parallel index.
+    A replica is one whole copy of the model: the TP x PP ranks that share a data-parallel index. Experts
+    divide the TP x DP ranks of a stage otherwise, into ETP x EP x (their own data-parallel ranks); so with
+    EP above 1 a replica may hold only some of them.
     """
 
     tp_group: ProcessGroup
     pp_group: ProcessGroup
     dp_group: ProcessGroup  # same model shard, other replicas
     replica_group: ProcessGroup  # Megatron's model-parallel group: TP x PP
+    ep_group: ProcessGroup  # the ranks that share out a layer's experts
+    etp_group: ProcessGroup  # the ranks that share out each expert's rows or columns
     vpp_size: int
     device: torch.device
 
@@ -50,6 +54,14 @@ class ParallelContext:
     @property
     def dp_rank(self) -> int:
         return self.dp_group.rank()
+
+    @property
+    def ep_size(self) -> int:
+        return self.ep_group.size()
+
+    @property
+    def etp_size(self) -> int:
+        return self.etp_group.size()
 
     @property
     def is_last_stage(self) -> bool:

@@ -23,6 +23,7 @@ def vocab_parallel_logprobs(
     vocab_size: int,
     rows: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     chunk_tokens: int = 64,
     group: ProcessGroup | None = None,
     overwrite_logits: bool = False,
@@ -37,7 +38,10 @@ def vocab_parallel_logprobs(
         vocab_size: true vocabulary size; padded columns get probability zero.
         rows: [T] int64, distinct, the rows of `logits` that predict `targets`; None for all, T = N.
         temperature: the distribution is softmax(logits / temperature).
-        chunk_tokens: tokens whose float32 logits exist at once; a pass takes up to 8 V / tp_size bytes for each.
+        softcap: logits become softcap * tanh(logits / softcap) first. A model's own cap belongs here: applied
+            to the whole logits, it would have to keep a second copy of them for its backward.
+        chunk_tokens: tokens whose float32 logits exist at once; a pass takes up to 8 V / tp_size bytes for each
+            (12 with a softcap).
         group: tensor-parallel group; None for an unsplit vocabulary. Its ranks pass the same `targets`,
             `rows` and `chunk_tokens`, and feed back the same gradients.
         overwrite_logits: the backward writes the gradient over the memory of `logits`, which saves a
@@ -50,7 +54,7 @@ def vocab_parallel_logprobs(
     """
     assert len(targets) == len(logits if rows is None else rows), "one target for each row that predicts one"
     result: tuple[Tensor, Tensor] = _VocabParallelLogprobs.apply(
-        logits, targets, rows, vocab_size, temperature, chunk_tokens, group, overwrite_logits
+        logits, targets, rows, vocab_size, temperature, softcap, chunk_tokens, group, overwrite_logits
     )
     return result
 
@@ -64,6 +68,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         rows: Tensor | None,
         vocab_size: int,
         temperature: float,
+        softcap: float | None,
         chunk_tokens: int,
         group: ProcessGroup | None,
         overwrite_logits: bool,
@@ -75,10 +80,10 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         entropy = torch.empty_like(logprobs)
         statistics = logprobs.new_empty(3, len(targets))
         for tokens, at in _chunks(len(targets), rows, chunk_tokens):
-            z = _tempered(logits[at, :valid], temperature)
+            z = _tempered(logits[at, :valid], temperature, softcap)
             logprobs[tokens], entropy[tokens], statistics[:, tokens] = _chunk_forward(z, local_targets[tokens], group)
         ctx.save_for_backward(logits, rows, local_targets, statistics)
-        ctx.valid, ctx.temperature, ctx.chunk_tokens = valid, temperature, chunk_tokens
+        ctx.valid, ctx.temperature, ctx.softcap, ctx.chunk_tokens = valid, temperature, softcap, chunk_tokens
         ctx.overwrite_logits = overwrite_logits
         ctx.set_materialize_grads(False)
         return logprobs, entropy
@@ -89,20 +94,23 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 8
+            return (None,) * 9
         logits, rows, local_targets, statistics = ctx.saved_tensors
         # Unlike `.data`, `detach` shares the version counter: what else saved the logits sees them overwritten.
         gradient = logits.detach() if ctx.overwrite_logits else torch.empty_like(logits)
         _zero_elsewhere(gradient, rows, ctx.valid)
         for tokens, at in _chunks(len(local_targets), rows, ctx.chunk_tokens) if ctx.valid else ():
-            gradient[at, : ctx.valid] = _chunk_backward(
-                _tempered(logits[at, : ctx.valid], ctx.temperature),
+            z = _tempered(logits[at, : ctx.valid], ctx.temperature, ctx.softcap)
+            slope_of_cap = None if ctx.softcap is None else _slope_of_cap(z, ctx.temperature / ctx.softcap)
+            slope = _chunk_backward(
+                z,
                 local_targets[tokens],
                 statistics[:, tokens],
                 None if grad_logprobs is None else grad_logprobs[tokens] / ctx.temperature,
                 None if grad_entropy is None else grad_entropy[tokens] / ctx.temperature,
-            ).to(logits.dtype)
-        return gradient, None, None, None, None, None, None, None
+            )
+            gradient[at, : ctx.valid] = (slope if slope_of_cap is None else slope.mul_(slope_of_cap)).to(logits.dtype)
+        return gradient, None, None, None, None, None, None, None, None
 
 
 def _chunk_forward(z: Tensor, local_targets: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,10 +168,17 @@ def _local_targets(local_targets: Tensor, columns: int) -> tuple[Tensor, Tensor]
     return here, local_targets.masked_fill(~here, 0)
 
 
-def _tempered(logits: Tensor, temperature: float) -> Tensor:
-    """logits / temperature in float32 memory of its own, also where `logits` are float32 already."""
+def _tempered(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    """Capped logits / temperature in float32 memory of its own, also where `logits` are float32 already."""
     z = logits.to(torch.float32, copy=True)
+    if softcap is not None:
+        z.div_(softcap).tanh_().mul_(softcap)
     return z if temperature == 1.0 else z.div_(temperature)
+
+
+def _slope_of_cap(z: Tensor, scale: float) -> Tensor:
+    """Slope of softcap * tanh(logit / softcap), from z = that / temperature and scale = temperature / softcap."""
+    return (z * scale).square_().neg_().add_(1)
 
 
 def _zero_elsewhere(gradient: Tensor, rows: Tensor | None, valid: int) -> None:

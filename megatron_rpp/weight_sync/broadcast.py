@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_rpp import device
 from megatron_rpp.model.build import Model
-from megatron_rpp.model.export_hf import hf_tensors
+from megatron_rpp.model.export_hf import hf_tensors, takes_part_in_export
 from megatron_rpp.parallel.collectives import gather_errors, on_rank_0
 from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.weight_sync.export import Bucket, buckets
@@ -65,7 +65,7 @@ class BroadcastTransport:
 
     @staticmethod
     def _is_my_turn(policy: Model, stage: int) -> bool:
-        return policy.parallel.pp_rank == stage and policy.parallel.dp_rank == 0
+        return policy.parallel.pp_rank == stage and takes_part_in_export(policy)
 
     def _left_s(self) -> float:
         """Seconds until this sync must have ended."""
@@ -87,8 +87,8 @@ class BroadcastTransport:
             raise refused
 
     def _send_stage(self, policy: Model, urls: Sequence[str]) -> str | None:
-        """This stage's buckets. After an error the TP gathers still run to their end, so that no rank waits."""
-        is_sender, error = policy.parallel.tp_rank == 0, None
+        """This stage's buckets. After an error the gathers still run to their end, so that no rank waits."""
+        is_sender, error = policy.parallel.tp_rank == 0 and policy.parallel.dp_rank == 0, None
         if is_sender:
             try:
                 self._connect(policy, urls)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_rpp.config.presets import PRESETS, algorithm_config
@@ -21,7 +22,8 @@ from megatron_rpp.engine.score import logprob_head, score
 from megatron_rpp.engine.train_step import global_counts
 from megatron_rpp.experience.types import ExperienceBatch
 from megatron_rpp.model.build import Model, build_model
-from megatron_rpp.model.export_hf import hf_tensors
+from megatron_rpp.model.export_hf import hf_tensors, save_hf
+from megatron_rpp.model.shards import ShardedParameter
 from megatron_rpp.parallel import bootstrap
 from megatron_rpp.parallel.collectives import sum_over
 from megatron_rpp.parallel.context import ParallelContext
@@ -51,6 +53,13 @@ def fixed_batch() -> ExperienceBatch:
     )
 
 
+def own_rows(parallel: ParallelContext) -> ExperienceBatch:
+    """This replica's rows of the fixed batch, as wide as the longest of them, as `collate` leaves them."""
+    batch = fixed_batch().rows(torch.arange(parallel.dp_rank, ROWS, parallel.dp_size))
+    width = int(batch.loss_mask.nonzero()[:, 1].max()) + 1
+    return ExperienceBatch(**{k: x[:, :width] if x.dim() == 2 else x for k, x in batch.tensors().items()})
+
+
 def algorithms() -> dict[str, AlgorithmConfig]:
     """Every preset, with a KL in the reward where it has a place for one; and every loss option at once."""
     found = {}
@@ -66,20 +75,27 @@ def algorithms() -> dict[str, AlgorithmConfig]:
 
 def run_case(config: Config, parallel: ParallelContext, out: Path, family: str) -> None:
     """Scores once; then advantages, loss and gradients of each algorithm (of one alone but for Llama)."""
-    policy, _ = make_trainable(build_model(config, parallel, path=config.model.path), config.optimizer, 1)
+    model = build_model(config, parallel, path=config.model.path)
+    round_trip = {name: x.clone() for name, x in hf_tensors(model)}
+    policy, _ = make_trainable(model, config.optimizer, 1)
     reference = build_model(config, parallel, path=config.model.path)
     shift_weights(reference)
     force_full_gradients(policy)
-    batch = fixed_batch().rows(torch.arange(parallel.dp_rank, ROWS, parallel.dp_size))
+    batch = own_rows(parallel)
     scored = score(batch, policy, reference, config)
     logprobs = {"policy_logprobs": scored.old_logprobs, "ref_logprobs": scored.ref_logprobs}
     chosen = algorithms() if family == "llama" else {"paper": AlgorithmConfig()}
     for name, algorithm in chosen.items():
         result, gradients = train_once(replace(config, algorithm=algorithm), parallel, policy, batch)
         if parallel.is_replica_leader:
-            torch.save({**result, **logprobs}, out / f"{family}-{name}-replica{parallel.dp_rank}.pt")
+            rows = {k: F.pad(x, (0, WIDTH - x.shape[1])) for k, x in {**result.pop("rows"), **logprobs}.items()}
+            torch.save({**result, **rows}, out / f"{family}-{name}-replica{parallel.dp_rank}.pt")
         if parallel.tp_rank == 0 and parallel.dp_rank == 0:
             torch.save(gradients, out / f"{family}-{name}-stage{parallel.pp_rank}.pt")
+    if parallel.tp_rank == 0 and parallel.dp_rank == 0:
+        torch.save(round_trip, out / f"{family}-weights-stage{parallel.pp_rank}.pt")
+    if reference.hf.moe is not None:
+        save_hf(policy, config.model.path, str(out / f"{family}-saved"))
 
 
 def train_once(
@@ -93,8 +109,13 @@ def train_once(
     head = PolicyHead(logprob_head(policy, config, 1.0), algorithm, *global_counts(batch, policy))
     sums = run_pipeline(policy, batch, head, micro_batch_size=config.train.micro_batch_size, forward_only=False)
     sums = {name: sum_over(parallel.dp_group)(x) / head.global_token_count for name, x in sums.items()}
-    gradients = {name: x.clone() for name, x in hf_tensors(policy, lambda item: item.parameter.main_grad)}
-    return {"advantages": batch.advantages, "sums": sums}, gradients
+    gradients = {name: x.clone() for name, x in hf_tensors(policy, _gradient)}
+    return {"rows": {"advantages": batch.advantages}, "sums": sums}, gradients
+
+
+def _gradient(item: ShardedParameter) -> Tensor | None:
+    """None for a buffer."""
+    return getattr(item.parameter, "main_grad", None)
 
 
 def shift_weights(model: Model) -> None:

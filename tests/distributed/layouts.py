@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_rpp.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_rpp.parallel.local_launch import launch_local
+from tests.support.tiny_models import MOE_FAMILY_NAMES
 
 LAYOUTS = {
     "tp1_pp1_dp1": ParallelConfig(),
@@ -20,6 +21,20 @@ LAYOUTS = {
     "dp2_distributed_optimizer": ParallelConfig(data=2),
     "tp2_pp2": ParallelConfig(tensor=2, pipeline=2),
 }
+EXPERT_LAYOUTS = {  # for families with experts
+    "dp2_ep2": ParallelConfig(data=2, expert=2),
+    "tp2_sp_ep2": ParallelConfig(tensor=2, sequence=True, expert=2),
+    "tp2_sp_etp2": ParallelConfig(tensor=2, sequence=True, expert_tensor=2),
+    "tp2_sp_dp2_ep4": ParallelConfig(tensor=2, sequence=True, data=2, expert=4),
+    "dp4_ep2_etp2": ParallelConfig(data=4, expert=2, expert_tensor=2),
+}
+
+
+def layouts_of(family: str) -> dict[str, ParallelConfig]:
+    """The layouts that the tiny model `family` can be split over: experts want sequence parallelism beside TP."""
+    if family not in MOE_FAMILY_NAMES:
+        return LAYOUTS
+    return {n: layout for n, layout in LAYOUTS.items() if layout.tensor == 1 or layout.sequence} | EXPERT_LAYOUTS
 
 
 def run_on(layout: ParallelConfig, script: str, arguments: dict[str, Any], out: Path) -> None:

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_rpp.model.hf_tensors import HFTensors
 from tests.distributed.invariance_worker import algorithms, fixed_batch
-from tests.distributed.layouts import LAYOUTS, run_on
-from tests.support.tiny_models import FAMILY_NAMES, save_tiny
+from tests.distributed.layouts import EXPERT_LAYOUTS, LAYOUTS, layouts_of, run_on
+from tests.support.tiny_models import FAMILY_NAMES, MOE_FAMILY_NAMES, save_tiny
 
 CASES = [("llama", name) for name in algorithms()] + [(family, "paper") for family in FAMILY_NAMES[1:]]
 BASELINE = "tp1_pp1_dp1"
@@ -25,27 +27,60 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[tuple[st
     """Layout or microbatch size -> (family, algorithm) -> result; one job runs every case."""
     root = tmp_path_factory.mktemp("invariance")
     models = {family: str(save_tiny(family, root / "models")) for family in FAMILY_NAMES}
-    jobs = {name: (layout, 2) for name, layout in LAYOUTS.items()}
+    jobs = {name: (layout, 2) for name, layout in {**LAYOUTS, **EXPERT_LAYOUTS}.items()}
     jobs |= {name: (LAYOUTS[BASELINE], size) for name, size in MICROBATCHES.items()}
     found = {}
     for name, (layout, size) in jobs.items():
         out = root / name
         out.mkdir()
-        run_on(layout, "invariance_worker", {"models": models, "out": str(out), "micro_batch_size": size}, out)
-        found[name] = {case: _merge(out, "-".join(case)) for case in CASES}
+        fitting = {family: path for family, path in models.items() if name in splits_of(family)}
+        run_on(layout, "invariance_worker", {"models": fitting, "out": str(out), "micro_batch_size": size}, out)
+        found[name] = {case: _merge(out, "-".join(case)) for case in CASES if case[0] in fitting}
+        found[name] |= {(family, "weights"): _stages(out, f"{family}-weights") for family in fitting}
+        found[name] |= {(family, "saved"): {"path": out / f"{family}-saved"} for family in fitting}
     return found
+
+
+def splits_of(family: str) -> list[str]:
+    """Layouts and microbatch sizes that the family is run with."""
+    return [*layouts_of(family), *MICROBATCHES]
 
 
 def _merge(out: Path, case: str) -> Result:
     replicas = [torch.load(p) for p in sorted(out.glob(f"{case}-replica*.pt"))]
-    gradients: dict[str, Tensor] = {}
-    for path in sorted(out.glob(f"{case}-stage*.pt")):
-        stage = torch.load(path)
-        assert not gradients.keys() & stage.keys(), "two stages export the same tensor"
-        gradients |= stage
     row_names = ("advantages", "policy_logprobs", "ref_logprobs")
     rows = {k: torch.stack([r[k] for r in replicas], 1).flatten(0, 1) for k in row_names}
-    return {"sums": replicas[0]["sums"], "gradients": gradients, **rows}
+    return {"sums": replicas[0]["sums"], "gradients": _stages(out, case), **rows}
+
+
+def _stages(out: Path, case: str) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(out.glob(f"{case}-stage*.pt")):
+        stage = torch.load(path)
+        assert not tensors.keys() & stage.keys(), "two stages export the same tensor"
+        tensors |= stage
+    return tensors
+
+
+@pytest.mark.parametrize(("split", "family"), [(split, f) for f in FAMILY_NAMES for split in layouts_of(f)])
+def test_weights_loaded_on_a_layout_are_exported_bit_for_bit(
+    results: dict[str, dict[tuple[str, str], Result]], split: str, family: str, tmp_path: Path
+) -> None:
+    stored, found = load_file(save_tiny(family, tmp_path) / "model.safetensors"), results[split][family, "weights"]
+    assert found.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize(("split", "family"), [(split, f) for f in MOE_FAMILY_NAMES for split in layouts_of(f)])
+def test_a_directory_saved_on_a_layout_of_experts_is_the_checkpoint(
+    results: dict[str, dict[tuple[str, str], Result]], split: str, family: str, tmp_path: Path
+) -> None:
+    """Ranks of other replicas hold experts that the first replica writes."""
+    stored = load_file(save_tiny(family, tmp_path) / "model.safetensors")
+    saved = HFTensors(str(results[split][family, "saved"]["path"]))
+    assert set(saved.names) == stored.keys()
+    assert all(torch.equal(saved.read(name), tensor) for name, tensor in stored.items())
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -53,7 +88,9 @@ def test_policy_logprobs_are_those_of_transformers(
     results: dict[str, dict[tuple[str, str], Result]], family: str, tmp_path: Path
 ) -> None:
     """All layouts agreeing on the wrong rotary base, norm or head order would not show above."""
-    batch, model = fixed_batch(), AutoModelForCausalLM.from_pretrained(save_tiny(family, tmp_path))
+    # Of transformers' attentions, sdpa forgets soft caps without a word.
+    path = save_tiny(family, tmp_path)
+    batch, model = fixed_batch(), AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
     with torch.no_grad():
         logprobs = model(batch.tokens).logits.double().log_softmax(-1)
     expected = logprobs[:, :-1].gather(-1, batch.tokens[:, 1:, None])[..., 0] * batch.loss_mask[:, 1:]
@@ -62,8 +99,15 @@ def test_policy_logprobs_are_those_of_transformers(
     assert expected.abs().max() > 1
 
 
-@pytest.mark.parametrize("case", CASES, ids="-".join)
-@pytest.mark.parametrize("split", [name for name in (*LAYOUTS, *MICROBATCHES) if name != BASELINE])
+@pytest.mark.parametrize(
+    ("split", "case"),
+    [
+        pytest.param(split, case, id="-".join((split, *case)))
+        for case in CASES
+        for split in splits_of(case[0])
+        if split != BASELINE
+    ],
+)
 def test_layout_and_microbatches_change_neither_advantages_nor_loss_nor_gradients(
     results: dict[str, dict[tuple[str, str], Result]], split: str, case: tuple[str, str]
 ) -> None:
@@ -95,7 +139,7 @@ def test_no_two_algorithms_are_the_same_on_the_fixed_batch(
 ) -> None:
     """A preset whose settings did not arrive would repeat another one's gradient."""
     name = "model.embed_tokens.weight"
-    gradients = {case: r["gradients"][name] for case, r in results[BASELINE].items() if case[0] == "llama"}
+    gradients = {case: results[BASELINE][case]["gradients"][name] for case in CASES if case[0] == "llama"}
     pairs = [(a, b) for a in gradients for b in gradients if a < b]
     same = [(a, b) for a, b in pairs if torch.allclose(gradients[a], gradients[b], rtol=1e-4, atol=0)]
     # The two differ in their clamps alone, which this batch does not reach.

@@ -30,6 +30,37 @@ class Rule:
         found = re.fullmatch(pattern, megatron_name)
         return found.groupdict() if found else None
 
+    def layers(self, hf: HFConfig) -> list[int]:
+        """The layers of `hf` that have this parameter: a layer has a dense MLP or experts."""
+        has_experts = hf.moe.layers if hf.moe else (False,) * hf.num_layers
+        if any(part in self.megatron for part in _absent_parts(hf)):
+            return []
+        of_experts = any(part in self.megatron for part in (".mlp.router.", ".mlp.experts.", ".mlp.shared_experts."))
+        of_dense = ".mlp.linear_fc" in self.megatron
+        return [i for i, experts in enumerate(has_experts) if not (of_dense if experts else of_experts)]
+
+
+def _absent_parts(hf: HFConfig) -> list[str]:
+    """Modules that a family has in some of its models, and `hf` in no layer."""
+    has_latent_queries = hf.mla is not None and hf.mla.q_lora_rank is not None
+    present = {
+        ".linear_qkv.bias": hf.qkv_bias,
+        ".linear_qkv.": hf.mla is None,
+        ".linear_q_proj.": not has_latent_queries,
+        ".linear_q_down_proj.": has_latent_queries,
+        ".linear_q_up_proj.": has_latent_queries,
+        ".q_layernorm.": has_latent_queries or hf.qk_norm,
+        ".k_layernorm.": hf.qk_norm,
+        ".shared_experts.": hf.moe is not None and hf.moe.shared_ffn_hidden_size > 0,
+    }
+    return [part for part, is_present in present.items() if not is_present]
+
+
+def with_rules(rules: tuple[Rule, ...], *own: Rule) -> tuple[Rule, ...]:
+    """`rules` and a family's `own`, which take the place of those for the same Megatron parameter."""
+    replaced = {rule.megatron for rule in own}
+    return (*(rule for rule in rules if rule.megatron not in replaced), *own)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -50,7 +81,9 @@ class Family:
         """Every Hugging Face tensor that a model of shape `hf` may have."""
         experts = range(hf.moe.num_experts if hf.moe else 0)
         names: set[str] = set()
-        for template in {name for rule in self.rules for name in rule.hf}:
-            indices = range(hf.num_layers) if "{i}" in template else (0,)
-            names |= {template.format(i=i, e=e) for i, e in product(indices, experts if "{e}" in template else (0,))}
+        for rule in self.rules:
+            for template in rule.hf:
+                indices = rule.layers(hf) if "{i}" in template else (0,)
+                each = product(indices, experts if "{e}" in template else (0,))
+                names |= {template.format(i=i, e=e) for i, e in each}
         return names

@@ -2,13 +2,15 @@
 
 A transform knows two directions. `split` takes the full HF tensors and gives one TP rank's shard;
 `merge` takes every rank's shard and gives the full HF tensors. `dim` is the dimension that Megatron
-splits over TP ranks, None where every rank holds the whole parameter.
+splits over TP ranks, None where every rank holds the whole parameter. `split` slices before it copies:
+its inputs are memory-mapped, and a rank should read only its own part of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -50,8 +52,11 @@ class Vocab:
     def split(self, hf: Sequence[Tensor], shard: Shard, model: HFConfig) -> Tensor:
         (full,) = hf
         _require_rows(hf, [model.vocab_size])
-        padding = full.new_zeros(shard.rows * shard.tp_size - full.shape[0], full.shape[1])
-        return shard.of(torch.cat([full, padding]))
+        first = shard.rows * shard.tp_rank
+        own = full[first : first + shard.rows]
+        if own.shape[0] == shard.rows:
+            return own
+        return torch.cat([own, full.new_zeros(shard.rows - own.shape[0], full.shape[1])])
 
     def merge(self, shards: Sequence[Tensor], dim: int | None, model: HFConfig) -> list[Tensor]:
         return [torch.cat(list(shards))[: model.vocab_size]]
@@ -61,13 +66,34 @@ class Vocab:
 class GateUp:
     """gate [F, H] and up [F, H]; each TP rank holds [its gate rows; its up rows]."""
 
+    of: Literal["dense", "expert", "shared"] = "dense"  # which MLP's width F is
+
     def split(self, hf: Sequence[Tensor], shard: Shard, model: HFConfig) -> Tensor:
-        _require_rows(hf, [model.ffn_hidden_size] * 2)
+        _require_rows(hf, [self._width(model)] * 2)
         return torch.cat([shard.of(part) for part in hf])
 
     def merge(self, shards: Sequence[Tensor], dim: int | None, model: HFConfig) -> list[Tensor]:
         halves = [shard.chunk(2) for shard in shards]
         return [torch.cat([half[part] for half in halves]) for part in (0, 1)]
+
+    def _width(self, model: HFConfig) -> int:
+        if self.of == "dense":
+            return model.ffn_hidden_size
+        assert model.moe is not None
+        return model.moe.ffn_hidden_size if self.of == "expert" else model.moe.shared_ffn_hidden_size
+
+
+@dataclass(frozen=True)
+class MergedGateUp:
+    """One HF tensor [2 F, H], gate above up; each TP rank holds [its gate rows; its up rows]."""
+
+    def split(self, hf: Sequence[Tensor], shard: Shard, model: HFConfig) -> Tensor:
+        (full,) = hf
+        _require_rows(hf, [2 * model.ffn_hidden_size])
+        return GateUp().split(full.chunk(2), shard, model)
+
+    def merge(self, shards: Sequence[Tensor], dim: int | None, model: HFConfig) -> list[Tensor]:
+        return [torch.cat(GateUp().merge(shards, dim, model))]
 
 
 @dataclass(frozen=True)
@@ -77,8 +103,8 @@ class QKV:
     def split(self, hf: Sequence[Tensor], shard: Shard, model: HFConfig) -> Tensor:
         keys = model.num_query_groups * model.head_dim
         _require_rows(hf, [model.num_attention_heads * model.head_dim, keys, keys])
-        per_group = [part.unflatten(0, (model.num_query_groups, -1)) for part in hf]
-        return shard.of(torch.cat(per_group, dim=1)).flatten(0, 1)
+        per_group = [shard.of(part.unflatten(0, (model.num_query_groups, -1))) for part in hf]
+        return torch.cat(per_group, dim=1).flatten(0, 1)
 
     def merge(self, shards: Sequence[Tensor], dim: int | None, model: HFConfig) -> list[Tensor]:
         queries = model.num_attention_heads // model.num_query_groups * model.head_dim
@@ -94,4 +120,22 @@ def _require_rows(hf: Sequence[Tensor], wanted: Sequence[int]) -> None:
         raise ValueError(f"{found} rows where config.json implies {list(wanted)}")
 
 
-Transform = Direct | Vocab | GateUp | QKV
+@dataclass(frozen=True)
+class Copied:
+    """`count` HF tensors that are all the same one, which is transformed as `of` does."""
+
+    of: Vocab
+    count: int
+
+    def split(self, hf: Sequence[Tensor], shard: Shard, model: HFConfig) -> Tensor:
+        first, *copies = hf
+        for number, copy in enumerate(copies, start=2):
+            if copy.shape != first.shape or not (first.is_meta or torch.equal(copy.to(first.dtype), first)):
+                raise ValueError(f"number {number} of them must be a copy of the first, and differs")
+        return self.of.split([first], shard, model)
+
+    def merge(self, shards: Sequence[Tensor], dim: int | None, model: HFConfig) -> list[Tensor]:
+        return self.of.merge(shards, dim, model) * self.count
+
+
+Transform = Direct | Vocab | GateUp | MergedGateUp | QKV | Copied

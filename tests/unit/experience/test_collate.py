@@ -99,6 +99,17 @@ def test_split_keeps_every_row_in_order_and_fills_with_empty_rows(
         assert (fill == 0).all(), f"{name} of a fill row would be trained on"
 
 
+def test_a_smaller_batch_is_cut_like_the_largest_one_it_is_exchanged_with() -> None:
+    """Replicas whose tokens meet in the same experts run equally many microbatches of one shape."""
+    batch = numbered_batch(3, 5)
+    pieces = split_microbatches(batch, 2, count_multiple=2, length_multiple=4, least_rows=9, least_length=7)
+    assert [tuple(piece.tokens.shape) for piece in pieces] == [(2, 8)] * 6  # 9 rows: 5, and an even number of them
+    assert torch.equal(torch.cat([piece.tokens for piece in pieces])[:3, :5], batch.tokens)
+    assert sum(piece.loss_mask.sum() for piece in pieces) == 15
+    larger = split_microbatches(numbered_batch(9, 7), 2, count_multiple=2, length_multiple=4, least_rows=3)
+    assert [tuple(piece.tokens.shape) for piece in larger] == [(2, 8)] * 6
+
+
 def test_split_without_optional_tensors_leaves_them_out() -> None:
     batch = collate(ROLLOUTS, [0.0, 0.0, 0.0], pad_token_id=PAD, device=CPU)
     assert all(piece.old_logprobs is None for piece in split_microbatches(batch, 2))

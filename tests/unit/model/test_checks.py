@@ -123,10 +123,68 @@ def test_grouped_query_heads_default_to_the_heads(make: Make, model_dir: Path) -
     check_model(make({"parallel.tensor": 4}), "train")
 
 
-def test_a_context_beyond_mistrals_sliding_window_is_refused(make: Make, model_dir: Path) -> None:
-    """Within the window it is full attention, which is what the engine computes."""
+def test_a_context_may_be_longer_than_a_sliding_window(make: Make, model_dir: Path) -> None:
     edit(model_dir, "architectures", ["MistralForCausalLM"])
-    edit(model_dir, "sliding_window", 2048)
-    check_model(make(), "train")
     edit(model_dir, "sliding_window", 1024)
-    assert "rollout.context_length=2048 must be at most the model's sliding_window=1024" in message(make())
+    check_model(make(), "train")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallel.data": 2, "parallel.expert": 2},
+        {"parallel.tensor": 2, "parallel.sequence": True, "parallel.expert": 2},
+        {"parallel.tensor": 2, "parallel.sequence": True, "parallel.expert_tensor": 2},
+        {"parallel.data": 4, "parallel.expert": 2, "parallel.expert_tensor": 2},
+    ],
+)
+def test_experts_that_divide_over_tensor_and_data_ranks_pass(
+    make: Make, model_dir: Path, changes: dict[str, Any]
+) -> None:
+    give_experts(model_dir)
+    check_model(make(changes), "train")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"parallel.tensor": 2}, "parallel.tensor=2 must go with parallel.sequence=true: the model has experts"),
+        ({"parallel.data": 3, "parallel.expert": 3}, "parallel.expert=3 must divide num_experts=4"),
+        (
+            {"parallel.data": 3, "parallel.expert_tensor": 3},
+            "parallel.expert_tensor=3 must divide an expert's width, 20",
+        ),
+        (
+            {"parallel.data": 2, "parallel.expert": 2, "parallel.expert_tensor": 2},
+            "parallel.expert=2 x parallel.expert_tensor=2 must divide parallel.tensor=1 x parallel.data=2",
+        ),
+    ],
+)
+def test_experts_that_do_not_divide_are_told_by_what(
+    make: Make, model_dir: Path, changes: dict[str, Any], expected: str
+) -> None:
+    give_experts(model_dir)
+    assert message(make(changes)) == expected
+
+
+@pytest.mark.parametrize("name", ["expert", "expert_tensor"])
+def test_expert_ranks_of_a_model_without_experts_are_refused(make: Make, name: str) -> None:
+    """They would do nothing, silently."""
+    wanted = make({"parallel.data": 2, f"parallel.{name}": 2})
+    assert message(wanted) == f"parallel.{name}=2 must be 1: the model has no experts"
+
+
+def test_the_width_of_a_dense_mlp_matters_only_where_there_is_one(make: Make, model_dir: Path) -> None:
+    """Mixtral's intermediate_size is an expert's, which tensor parallelism does not split."""
+    give_experts(model_dir)
+    edit(model_dir, "intermediate_size", 63)
+    layout = make({"parallel.tensor": 2, "parallel.sequence": True})
+    check_model(layout, "train")
+    edit(model_dir, "mlp_only_layers", [0])
+    assert message(layout) == "parallel.tensor=2 must divide intermediate_size=63"
+
+
+def give_experts(model_dir: Path) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+    for name, value in {"architectures": ["Qwen3MoeForCausalLM"], **experts}.items():
+        edit(model_dir, name, value)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from megatron_rpp.model.hf_config import HFConfig, Rope
 from megatron_rpp.model.hf_mapping import read_hf_config
@@ -124,10 +125,16 @@ def test_qwen2_has_query_biases_and_qwen3_head_norms_though_no_key_says_so(tmp_p
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_a_config_that_installed_transformers_wrote_is_read(family: str, tmp_path: Path) -> None:
-    found = read_hf_config(str(save_tiny(family, tmp_path)))
-    head_dim = 16 if family == "mistral" else 8
-    assert (found.num_layers, found.num_attention_heads, found.num_query_groups, found.head_dim) == (4, 4, 2, head_dim)
-    assert (found.vocab_size, found.ffn_hidden_size, found.hidden_size) == (19, 48, 32)
-    assert found.tied_embeddings == (family in ("llama3", "qwen3"))
-    assert (found.rope.scaling or {}).get("factor") == (32.0 if family == "llama3" else None)
-    assert found.sliding_window is None
+    path = str(save_tiny(family, tmp_path))
+    found, theirs = read_hf_config(path), AutoConfig.from_pretrained(path)
+    assert (found.num_layers, found.num_attention_heads) == (theirs.num_hidden_layers, theirs.num_attention_heads)
+    assert found.mla or found.num_query_groups == theirs.num_key_value_heads
+    assert found.mla or found.head_dim == (getattr(theirs, "head_dim", None) or 8)
+    assert (found.hidden_size, found.ffn_hidden_size) == (theirs.hidden_size, theirs.intermediate_size)
+    assert (found.vocab_size, found.norm_eps) == (theirs.vocab_size, theirs.rms_norm_eps)
+    assert found.max_position_embeddings == theirs.max_position_embeddings
+    assert found.tied_embeddings == theirs.tie_word_embeddings
+    assert found.sliding_window == getattr(theirs, "sliding_window", None)
+    kinds = getattr(theirs, "layer_types", None)
+    if found.sliding_layers and kinds:
+        assert ["sliding_attention" if slides else "full_attention" for slides in found.sliding_layers] == kinds

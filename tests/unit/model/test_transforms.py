@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_rpp.model.hf_config import HFConfig, Rope
-from megatron_rpp.model.hf_mapping.transforms import QKV, Direct, GateUp, Shard, Transform, Vocab
+from megatron_rpp.model.hf_mapping.transforms import QKV, Direct, GateUp, MergedGateUp, Shard, Transform, Vocab
 
 MODEL = HFConfig(
     architecture="LlamaForCausalLM",
@@ -40,6 +40,7 @@ CASES = {
     "direct_columns": (Direct(), [(10, 48)], 1),
     "direct_rows": (Direct(), [(48, 10)], 0),
     "gate_up": (GateUp(), [(24, 10), (24, 10)], 0),
+    "merged_gate_up": (MergedGateUp(), [(48, 10)], 0),
     "qkv_weight": (QKV(), [(48, 10), (24, 10), (24, 10)], 0),
     "qkv_bias": (QKV(), [(48,), (24,), (24,)], 0),
     "vocab": (Vocab(), [(19, 10)], 0),
@@ -84,6 +85,12 @@ def test_gate_up_ranks_hold_their_gate_rows_then_their_up_rows() -> None:
     hf = [torch.tensor([[0.0], [1]]), torch.tensor([[10.0], [11]])]
     model = replace(MODEL, ffn_hidden_size=2)
     assert [s.flatten().tolist() for s in split_all(GateUp(), hf, 0, 2, model=model)] == [[0, 10], [1, 11]]
+
+
+def test_merged_gate_up_ranks_hold_rows_of_both_halves() -> None:
+    hf = [torch.tensor([[0.0], [1], [10], [11]])]
+    model = replace(MODEL, ffn_hidden_size=2)
+    assert [s.flatten().tolist() for s in split_all(MergedGateUp(), hf, 0, 2, model=model)] == [[0, 10], [1, 11]]
 
 
 def test_vocab_pads_with_zero_rows_at_the_end_only() -> None:

@@ -178,6 +178,18 @@ def test_overwriting_reaches_through_a_view_as_the_heads_pass_it() -> None:
     assert torch.equal(output.detach()[0], gradient) and torch.equal(hidden.detach()[0], logits)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("of", BOTH)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_a_soft_cap_bends_the_logits_before_the_temperature(of: str, temperature: float, overwrite: bool) -> None:
+    logits, targets, upstream = make_inputs()
+    capped = 2.5 * torch.tanh(logits.double() / 2.5)
+    *expected, slope = reference(capped, targets, upstream, temperature, of)
+    settings: dict[str, Any] = {"temperature": temperature, "chunk_tokens": 5, "overwrite_logits": overwrite}
+    found = run(logits, targets, upstream, of, softcap=2.5, **settings)
+    assert_all_close(found, (*expected, slope * (1 - (capped / 2.5).square())), 4e-6)
+
+
 def test_a_second_backward_is_exact_without_overwriting_and_raises_with_it() -> None:
     logits, targets, upstream = make_inputs()
     for overwrite in (False, True):

@@ -1,0 +1,40 @@
+"""What a Hugging Face or Megatron directory holds; headers are read, and no weights.
+
+    python -m checkpoint_tools.inspect DIR [--tensors]
+
+Exit code 0, or 2 where the directory is neither, or damaged.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from checkpoint_tools.command import parser, run
+
+TOOL = "inspect"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code."""
+    options = parser(TOOL, __doc__)
+    options.add_argument("path", metavar="DIR", help="Hugging Face or Megatron directory")
+    options.add_argument("--tensors", action="store_true", help="a line for each tensor")
+    asked = options.parse_args(argv)
+
+    def work() -> int:
+        from megatron_rpp.conversion.describe import describe
+
+        lines, tensors = describe(asked.path)
+        for heading, text in lines:
+            sys.stdout.write(f"{heading:13} {text}\n")
+        for tensor in tensors if asked.tensors else ():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            sys.stdout.write(f"{tensor.name}  {dtype}  {list(tensor.shape)}  {tensor.file}\n")
+        return 0
+
+    return run(TOOL, work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

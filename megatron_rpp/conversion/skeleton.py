@@ -1,0 +1,149 @@
+"""A model without weights: what Megatron would save of it, and which Hugging Face tensors each part is made of."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from torch import Tensor
+
+from megatron_rpp import device
+from megatron_rpp.config.schema import Config, ModelConfig, ParallelConfig
+from megatron_rpp.conversion.pieces import Piece
+from megatron_rpp.model.build import build_empty
+from megatron_rpp.model.hf_config import HFConfig
+from megatron_rpp.model.hf_mapping import family_of
+from megatron_rpp.model.hf_mapping.table import Rule
+from megatron_rpp.model.hf_mapping.transforms import Direct, Shard, Vocab
+from megatron_rpp.model.shards import sharded_parameters
+from megatron_rpp.parallel import bootstrap
+
+META = torch.device("meta")
+LOCAL_SPEC = "local"  # its sharded_state_dict has the keys of Transformer Engine's, and it builds without CUDA
+# What Transformer Engine's attention saves beside what local layers save; loaders ask for it by name.
+_TE_OBJECT = ("linear_qkv._extra_state", "core_attention._extra_state")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One whole Megatron parameter: its place in a checkpoint, and the HF tensors that it is made of."""
+
+    name: str  # global Megatron name
+    shape: torch.Size
+    dim: int | None  # which tensor parallelism splits
+    rule: Rule
+    hf_names: tuple[str, ...]
+    hf: HFConfig
+    entry: ShardedTensor | ShardedTensorFactory  # without data
+
+    def value(self, parts: Sequence[Tensor]) -> Tensor:
+        """The parameter [shape] from its HF tensors, given like `hf_names`. ValueError where they do not fit."""
+        try:
+            value = self.rule.transform.split(parts, Shard(self.dim, 0, 1, self.shape[0]), self.hf)
+            if value.shape != self.shape:
+                raise ValueError(f"they give {self.name} the shape {tuple(value.shape)}, not {tuple(self.shape)}")
+        except (RuntimeError, ValueError) as error:
+            found = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(self.hf_names, parts, strict=True))
+            raise ValueError(f"{found} do not fit config.json: {error}") from error
+        return value
+
+    def hf_tensors(self, value: Tensor) -> dict[str, Tensor]:
+        """The HF tensors of the parameter `value` [shape]; views of it where they can be."""
+        if isinstance(self.rule.transform, Direct | Vocab):
+            return {self.hf_names[0]: value}  # TP 1 and no padding; `merge` would copy it
+        return dict(zip(self.hf_names, self.rule.transform.merge([value], self.dim, self.hf), strict=True))
+
+    def pieces(self, value: Tensor) -> list[Piece]:
+        """`value` [shape] as Megatron stores it: one piece, or gate and up each for themselves. They are views."""
+        return [Piece.of(tensor) for tensor in nested_values([self._sharded(value)])]
+
+    def from_pieces(self, read: Any) -> Tensor:
+        """The parameter [shape], where read(piece) gives each piece's stored tensor."""
+        stored = dict_list_map_outplace(lambda tensor: read(Piece.of(tensor)), self._sharded(self.empty))
+        return self.entry.merge_fn(stored) if isinstance(self.entry, ShardedTensorFactory) else stored
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """Names in a checkpoint."""
+        return tuple(dict.fromkeys(piece.key for piece in self.pieces(self.empty)))
+
+    @property
+    def empty(self) -> Tensor:
+        return torch.empty(self.shape, device=META)
+
+    def _sharded(self, value: Tensor) -> Any:
+        if isinstance(self.entry, ShardedTensorFactory):
+            return replace(self.entry, data=value).build()
+        return replace(self.entry, data=value, dtype=value.dtype)
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """Everything of a model's checkpoint but the values."""
+
+    hf: HFConfig
+    slots: list[Slot]
+    objects: list[str]  # keys of `_extra_state` entries, which hold no weights
+
+    @cached_property
+    def slot_of(self) -> dict[str, Slot]:
+        """By HF name, in the model's order."""
+        return {name: slot for slot in self.slots for name in slot.hf_names}
+
+
+def build_skeleton(hf: HFConfig) -> Skeleton:
+    """Build the model of shape `hf` whole (TP 1, PP 1) on the meta device, in a process group of one rank."""
+    config = Config(model=ModelConfig(layer_spec=LOCAL_SPEC, vocab_divisor=1))
+    with _on_meta(), _alone() as parallel, META:
+        (chunk,) = build_empty(_without_values(hf), config, parallel, mtp=True).chunks
+        state: dict[str, Any] = chunk.sharded_state_dict()  # type: ignore[operator]
+        slots = []
+        for item in sharded_parameters([chunk]):
+            rule, names = family_of(hf).find(item.name)
+            shape = item.parameter.shape
+            slots.append(Slot(item.name, shape, item.dim, rule, names, hf, state.pop(item.name).without_data()))
+    others = [name for name, value in state.items() if not isinstance(value, ShardedObject)]
+    assert not others, f"sharded_state_dict has tensors that are no parameters: {others}"
+    return Skeleton(hf, slots, _object_keys(state))
+
+
+def _without_values(hf: HFConfig) -> HFConfig:
+    """`hf` less what has no weights and is computed as the model is built, which meta tensors cannot."""
+    sliding = replace(hf.sliding_rope, scaling=None) if hf.sliding_rope else None
+    return replace(hf, rope=replace(hf.rope, scaling=None), sliding_rope=sliding, embedding_scale=1.0)
+
+
+def _object_keys(state: dict[str, ShardedObject]) -> list[str]:
+    keys = [value.unique_key for value in state.values()]
+    return keys + [key.replace(*_TE_OBJECT) for key in keys if _TE_OBJECT[0] in key]
+
+
+@contextmanager
+def _on_meta() -> Iterator[None]:
+    """The model layer finds no GPU, and puts what it builds on the meta device."""
+    with (
+        patch.object(device, "current", return_value=META),
+        patch.object(device, "has_cuda", return_value=False),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # megatron tells of every optional package that is not installed
+        yield
+
+
+@contextmanager
+def _alone() -> Iterator[Any]:
+    if int(os.environ.get("WORLD_SIZE", "1")) != 1:
+        raise ValueError("conversion runs as one process; start it without torchrun, mpirun or several srun tasks")
+    try:
+        yield bootstrap.initialize(ParallelConfig(), seed=0)
+    finally:
+        bootstrap.shutdown()
