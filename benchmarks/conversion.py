@@ -156,7 +156,9 @@ def convert(tool: str, source: Path, target: Path, repeats: int) -> dict[str, fl
     for _ in range(repeats):
         shutil.rmtree(target, ignore_errors=True)
         _into_page_cache(source)
-        command = [sys.executable, "-c", _RUN, f"checkpoint_tools.{tool}", str(source), str(target)]
+        given = "--hf" if tool == "hf_to_megatron" else "--megatron"
+        words = [given, str(source), "--out", str(target)]
+        command = [sys.executable, "-c", _RUN, f"checkpoint_tools.{tool}", *words]
         started, cpu_started = time.perf_counter(), _cpu_of_children()
         done = subprocess.run(command, capture_output=True, text=True)
         seconds = time.perf_counter() - started

@@ -1,7 +1,7 @@
 """Convert a Hugging Face directory to a Megatron distributed checkpoint.
 
-    python -m checkpoint_tools.hf_to_megatron MODEL_DIR OUT_DIR [--tp N] [--pp N] [--ep N] [--dtype float32|bfloat16]
-                                              [--mtp keep|drop]
+    python -m checkpoint_tools.hf_to_megatron --hf MODEL_DIR --out OUT_DIR [--tp N] [--pp N] [--ep N]
+        [--dtype float32|bfloat16] [--mtp keep|drop] [--allow-pickle]
 
 One process, no GPU, one parameter in memory at a time. OUT_DIR loads at any layout (model.path may name
 it, and Megatron's dist_checkpointing.load reads it), and holds config and tokenizer, so it stands alone.
@@ -26,19 +26,22 @@ TOOL = "hf_to_megatron"
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code."""
     options = parser(TOOL, __doc__)
-    options.add_argument("source", metavar="MODEL_DIR", help="Hugging Face directory")
-    options.add_argument("out", metavar="OUT_DIR", help="made anew; an existing one is never overwritten")
+    options.add_argument("--hf", metavar="MODEL_DIR", required=True, help="Hugging Face directory")
+    options.add_argument("--out", metavar="OUT_DIR", required=True, help="made anew; never overwritten")
     options.add_argument("--tp", type=positive, default=1, help="store each matrix in this many parts (default 1)")
     options.add_argument("--pp", type=positive, default=1, help="must divide the layers; cuts nothing")
     options.add_argument("--ep", type=positive, default=1, help="must divide the experts; cuts nothing")
     options.add_argument("--dtype", choices=("float32", "bfloat16"), help="cast to this (default: as stored)")
     options.add_argument("--mtp", choices=("keep", "drop"), default="keep", help="multi-token prediction layers")
+    options.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin, as weights alone")
     asked = options.parse_args(argv)
 
     def work() -> int:
         from megatron_rpp.conversion.to_megatron import ToMegatron, convert_to_megatron
 
-        convert_to_megatron(ToMegatron(asked.source, asked.out, asked.tp, asked.pp, asked.ep, asked.dtype, asked.mtp))
+        layout = {"tensor": asked.tp, "pipeline": asked.pp, "expert": asked.ep}
+        how = {"dtype": asked.dtype, "mtp": asked.mtp, "allow_pickle": asked.allow_pickle}
+        convert_to_megatron(ToMegatron(asked.hf, asked.out, **layout, **how))
         return 0
 
     return run(TOOL, work)

@@ -1,7 +1,7 @@
 """Convert a Megatron distributed checkpoint to a Hugging Face directory.
 
-    python -m checkpoint_tools.megatron_to_hf CHECKPOINT_DIR OUT_DIR [--hf MODEL_DIR] [--dtype float32|bfloat16]
-                                              [--fp8] [--mtp keep|drop] [--shard-gb 4]
+    python -m checkpoint_tools.megatron_to_hf --megatron CHECKPOINT_DIR --out OUT_DIR [--hf MODEL_DIR]
+        [--dtype float32|bfloat16] [--fp8] [--mtp keep|drop] [--shard-gb 4]
 
 CHECKPOINT_DIR is what hf_to_megatron wrote, or a step of a run (runs/NAME/checkpoints/step-N, with --hf the
 directory that the run started from); its optimizer is not read. One process, no GPU, one parameter in
@@ -24,8 +24,8 @@ TOOL = "megatron_to_hf"
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code."""
     options = parser(TOOL, __doc__)
-    options.add_argument("source", metavar="CHECKPOINT_DIR", help="Megatron directory")
-    options.add_argument("out", metavar="OUT_DIR", help="made anew; an existing one is never overwritten")
+    options.add_argument("--megatron", metavar="CHECKPOINT_DIR", required=True, help="Megatron directory")
+    options.add_argument("--out", metavar="OUT_DIR", required=True, help="made anew; never overwritten")
     options.add_argument("--hf", metavar="MODEL_DIR", help="config and tokenizer, where CHECKPOINT_DIR has none")
     options.add_argument("--dtype", choices=("float32", "bfloat16"), help="cast to this (default: as stored)")
     options.add_argument("--fp8", action="store_true", help="projections as FP8 in 128 x 128 blocks")
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from megatron_rpp.conversion.to_hf import ToHF, convert_to_hf
 
         file_bytes = max(1, int(asked.shard_gb * 1e9))
-        convert_to_hf(ToHF(asked.source, asked.out, asked.hf, asked.dtype, asked.fp8, asked.mtp, file_bytes))
+        convert_to_hf(ToHF(asked.megatron, asked.out, asked.hf, asked.dtype, asked.fp8, asked.mtp, file_bytes))
         return 0
 
     return run(TOOL, work)

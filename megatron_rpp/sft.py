@@ -21,7 +21,7 @@ from megatron_rpp.engine.train_step import global_counts, optimizer_step
 from megatron_rpp.experience.collate import pad_rows
 from megatron_rpp.experience.types import ExperienceBatch
 from megatron_rpp.model.build import build_model
-from megatron_rpp.model.export_hf import save_hf
+from megatron_rpp.model.save_hf import save_hf
 from megatron_rpp.parallel import bootstrap
 from megatron_rpp.parallel.context import ParallelContext
 

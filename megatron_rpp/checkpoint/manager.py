@@ -18,7 +18,7 @@ from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.checkpoint.torch_adam import allocate_state, give_steps, load_state
 from megatron_rpp.engine.optimizer import Optimizer
 from megatron_rpp.model.build import Model
-from megatron_rpp.model.export_hf import make_empty
+from megatron_rpp.model.save_hf import make_empty
 from megatron_rpp.parallel.collectives import on_rank_0
 
 _STEP = re.compile(r"step-(\d+)")

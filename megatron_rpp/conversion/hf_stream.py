@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from megatron_rpp.conversion.sources import Source
+from megatron_rpp.conversion.sources import Source, TensorInfo
 from megatron_rpp.model.fp8_blocks import SCALE_SUFFIX, is_quantized, quantize, scale_shape
 from megatron_rpp.model.safetensors_file import Entry
 
@@ -16,7 +16,7 @@ class HFStream:
     """The entries of an export, and their values in any order of files."""
 
     def __init__(self, source: Source, dtype: torch.dtype | None, fp8: bool) -> None:
-        """dtype: of every tensor but FP8 weights and their scales; None: as stored."""
+        """dtype: of every tensor but FP8 weights, their scales and what keeps its own; None: as stored."""
         self._source, self._dtype, self._fp8 = source, dtype, fp8
         self._scales: dict[str, Tensor] = {}  # of a weight that was just given, until the file takes it
         self.entries: list[Entry] = [entry for name in source.tensors for entry in self._entries(name)]
@@ -26,7 +26,7 @@ class HFStream:
         """What config.json calls the model's dtype: that of most of the bytes, before FP8."""
         held: dict[torch.dtype, int] = {}
         for name, info in self._source.tensors.items():
-            dtype = self._dtype or info.dtype
+            dtype = self._cast(info)
             held[dtype] = held.get(dtype, 0) + Entry(name, dtype, info.shape).nbytes
         return max(held, key=lambda dtype: held[dtype])
 
@@ -40,7 +40,10 @@ class HFStream:
         if self._quantizes(name):
             scale = Entry(name + SCALE_SUFFIX, torch.float32, scale_shape(info.shape))
             return [Entry(name, torch.float8_e4m3fn, info.shape), scale]
-        return [Entry(name, self._dtype or info.dtype, info.shape)]
+        return [Entry(name, self._cast(info), info.shape)]
+
+    def _cast(self, info: TensorInfo) -> torch.dtype:
+        return info.dtype if info.keeps_dtype or self._dtype is None else self._dtype
 
     def _value(self, entry: Entry) -> Tensor:
         if entry.name in self._source.tensors:

@@ -25,6 +25,7 @@ class TensorInfo:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    keeps_dtype: bool = False  # a cast leaves it as it is
 
 
 class Source(Protocol):
@@ -64,7 +65,7 @@ class MegatronSource:
         _require_fit(self._stored, skeleton, path)
         self._merged: dict[str, Tensor] = {}
         self.tensors = {
-            name: TensorInfo(self._stored.dtype(slot.keys[0]), tuple(tensor.shape))
+            name: TensorInfo(self._stored.dtype(slot.keys[0]), tuple(tensor.shape), slot.rule.keeps_dtype)
             for slot in skeleton.slots
             for name, tensor in slot.hf_tensors(slot.empty).items()
         }

@@ -10,15 +10,16 @@ import torch
 from megatron_rpp.conversion.hf_stream import HFStream
 from megatron_rpp.conversion.megatron_reader import MegatronTensors
 from megatron_rpp.conversion.progress import Progress
-from megatron_rpp.conversion.sidecars import copy_sidecars, sidecar_bytes
 from megatron_rpp.conversion.skeleton import build_skeleton
 from megatron_rpp.conversion.sources import MegatronSource
 from megatron_rpp.conversion.tokenizer_size import require_tokenizer_fits
 from megatron_rpp.conversion.workspace import Workspace, fingerprint, open_workspace, require_absent, require_disk
 from megatron_rpp.model.fp8_blocks import quantization_config
+from megatron_rpp.model.hf_files import copied_bytes, copy_model_files
 from megatron_rpp.model.hf_mapping import read_hf_config
 from megatron_rpp.model.hf_mapping.mtp import MEGATRON_KEY, stored_mtp, without_mtp
 from megatron_rpp.model.load_megatron import is_megatron_directory
+from megatron_rpp.model.mtp_export import told_mtp
 from megatron_rpp.model.safetensors_file import plan_files, write_file, write_index
 
 SPARE_BYTES = 1 << 20  # headers and index
@@ -45,7 +46,7 @@ def convert_to_hf(asked: ToHF) -> None:
     """
     source, out, config_from = Path(asked.source), Path(asked.out), _config_from(asked)
     require_absent(out)
-    hf = read_hf_config(str(config_from), "--hf" if asked.hf else "SOURCE")
+    hf = read_hf_config(str(config_from), "--hf" if asked.hf else "--megatron")
     require_tokenizer_fits(config_from, hf.vocab_size)
     dtype = getattr(torch, asked.dtype) if asked.dtype else None
     hf = stored_mtp(hf, MegatronTensors(source).tensors) if asked.mtp == "keep" else without_mtp(hf)
@@ -53,14 +54,16 @@ def convert_to_hf(asked: ToHF) -> None:
     stream = HFStream(MegatronSource(source, build_skeleton(hf), ignored=ignored), dtype, asked.fp8)
     files = plan_files(stream.entries, asked.file_bytes)
     total = sum(entry.nbytes for entry in stream.entries)
-    require_disk(out, total + len(stream.entries) * ENTRY_BYTES + sidecar_bytes(config_from) + SPARE_BYTES)
+    require_disk(out, total + len(stream.entries) * ENTRY_BYTES + copied_bytes(config_from) + SPARE_BYTES)
     key = fingerprint(source, {"to": "hf", "config": fingerprint(config_from, {}), **asdict(asked)})
     with open_workspace(out, key) as workspace:
         progress = Progress("megatron_to_hf", total, min(workspace.done_bytes, total))
         _write_files(workspace, stream, files, progress)
         write_index(workspace.folder, files)
         quantization = quantization_config() if asked.fp8 else None
-        copy_sidecars(config_from, workspace.folder, stream.main_dtype, quantization, mtp_layers=hf.num_mtp_layers)
+        dtype = str(stream.main_dtype).removeprefix("torch.")
+        changes = told_mtp(str(config_from), hf.num_mtp_layers)
+        copy_model_files(config_from, workspace.folder, dtype=dtype, quantization=quantization, changes=changes)
         progress.finish()
 
 
@@ -74,7 +77,7 @@ def _write_files(workspace: Workspace, stream: HFStream, files: list, progress: 
 def _config_from(asked: ToHF) -> Path:
     """The directory of config.json and tokenizer. ValueError where none is named or found."""
     if not is_megatron_directory(asked.source):
-        raise ValueError(f"SOURCE={asked.source} is no Megatron checkpoint: it lacks metadata.json or .metadata")
+        raise ValueError(f"--megatron={asked.source} is no Megatron checkpoint: it lacks metadata.json or .metadata")
     folder = Path(asked.hf or asked.source)
     if not (folder / "config.json").is_file():
         if asked.hf:

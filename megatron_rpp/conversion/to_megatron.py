@@ -14,16 +14,17 @@ from megatron_rpp.conversion.layout import plan_boxes, plan_files
 from megatron_rpp.conversion.mapped import copied
 from megatron_rpp.conversion.megatron_writer import write_megatron
 from megatron_rpp.conversion.progress import Progress
-from megatron_rpp.conversion.sidecars import copy_sidecars, sidecar_bytes
 from megatron_rpp.conversion.skeleton import Skeleton, Slot, build_skeleton
 from megatron_rpp.conversion.sources import require_complete
 from megatron_rpp.conversion.tokenizer_size import require_tokenizer_fits
 from megatron_rpp.conversion.workspace import fingerprint, open_workspace, require_absent, require_disk
 from megatron_rpp.model.checks import check_split
+from megatron_rpp.model.hf_files import copied_bytes, copy_model_files
 from megatron_rpp.model.hf_mapping import read_hf_config
 from megatron_rpp.model.hf_mapping.mtp import stored_mtp, without_mtp
 from megatron_rpp.model.hf_tensors import HFTensors
 from megatron_rpp.model.load_megatron import is_megatron_directory
+from megatron_rpp.model.mtp_export import told_mtp
 
 SPARE_BYTES = 1 << 20  # indices
 ENTRY_BYTES = 1536  # of a zip archive around a tensor or an object
@@ -40,6 +41,7 @@ class ToMegatron:
     expert: int = 1
     dtype: str | None = None  # float32 or bfloat16; None: as stored
     mtp: str = "keep"  # or "drop" multi-token prediction layers
+    allow_pickle: bool = False  # read pytorch_model.bin where there are no safetensors
     file_bytes: int = 1 << 28  # of weights in one file: what a kill costs
 
     @property
@@ -62,19 +64,20 @@ def convert_to_megatron(asked: ToMegatron) -> None:
     source, out = Path(asked.source), Path(asked.out)
     require_absent(out)
     if is_megatron_directory(source):
-        raise ValueError(f"SOURCE={source} is a Megatron directory already; megatron_to_hf converts it back")
-    hf = read_hf_config(asked.source, "SOURCE")
+        raise ValueError(f"--hf={source} is a Megatron directory already; megatron_to_hf converts it back")
+    hf = read_hf_config(asked.source, "--hf")
     check_split(asked.layout, hf)
     require_tokenizer_fits(source, hf.vocab_size)
-    tensors = HFTensors(asked.source)
+    dtype: torch.dtype | None = getattr(torch, asked.dtype) if asked.dtype else None
+    tensors = HFTensors(asked.source, allow_pickle=asked.allow_pickle, dequantized_dtype=dtype or torch.bfloat16)
     hf = stored_mtp(hf, tensors.names)
     skeleton = build_skeleton(hf if asked.mtp == "keep" else without_mtp(hf))
     require_complete(tensors, skeleton, hf)
-    dtypes = _dtypes(tensors, skeleton, asked.dtype)
+    dtypes = _dtypes(tensors, skeleton, dtype)
     boxes = plan_boxes(skeleton, asked.tensor, lambda slot: dtypes[slot.keys[0]])
     total = sum(box.nbytes for box in boxes)
     entries = len(boxes) + len(skeleton.objects)
-    require_disk(out, total + entries * ENTRY_BYTES + sidecar_bytes(source) + SPARE_BYTES)
+    require_disk(out, total + entries * ENTRY_BYTES + copied_bytes(source) + SPARE_BYTES)
     key = fingerprint(source, {"to": "megatron", **asdict(asked)})
 
     def read(slot: Slot) -> Tensor:
@@ -87,16 +90,19 @@ def convert_to_megatron(asked: ToMegatron) -> None:
         progress = Progress("hf_to_megatron", total, min(workspace.done_bytes, total))
         plans = plan_files(boxes, skeleton.objects, asked.file_bytes)
         write_megatron(workspace, plans, boxes, asked.tensor, read, progress, save_id=key)
-        dtype = _most_common(skeleton, dtypes)
-        copy_sidecars(source, workspace.folder, dtype, mtp_layers=skeleton.hf.num_mtp_layers)
+        name = str(_most_common(skeleton, dtypes)).removeprefix("torch.")
+        changes = told_mtp(asked.source, skeleton.hf.num_mtp_layers)
+        copy_model_files(source, workspace.folder, dtype=name, changes=changes)
         progress.finish()
 
 
-def _dtypes(tensors: HFTensors, skeleton: Skeleton, asked: str | None) -> dict[str, torch.dtype]:
+def _dtypes(tensors: HFTensors, skeleton: Skeleton, asked: torch.dtype | None) -> dict[str, torch.dtype]:
     """By Megatron key: one dtype each, as the format wants it; the widest where layers differ."""
     dtypes: dict[str, torch.dtype] = {}
     for slot in skeleton.slots:
-        stored = getattr(torch, asked) if asked else _widest([tensors.dtype(name) for name in slot.hf_names])
+        stored = (
+            asked if asked and not slot.rule.keeps_dtype else _widest([tensors.dtype(name) for name in slot.hf_names])
+        )
         for key in slot.keys:
             dtypes[key] = torch.promote_types(dtypes.get(key, stored), stored)
     return dtypes

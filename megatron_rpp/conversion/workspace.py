@@ -103,11 +103,11 @@ def open_workspace(out: Path, key: str) -> Iterator[Workspace]:
 @contextmanager
 def _locked(path: Path) -> Iterator[TextIO]:
     with path.open("a+", encoding="utf-8") as journal:
-        with contextlib.suppress(BlockingIOError):
+        try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield journal
-            return
-        raise ValueError(f"another process is converting to {path.parent}; wait for it, or end it")
+        except BlockingIOError as error:
+            raise ValueError(f"another process is converting to {path.parent}; wait for it, or end it") from error
+        yield journal
 
 
 def _resume(folder: Path, journal: TextIO, key: str) -> dict[str, Any]:
@@ -152,8 +152,8 @@ def _has_size(file: Path, size: int) -> bool:
 
 def _sync_others(workspace: Workspace) -> None:
     """Indices and what stands beside the weights."""
-    for path in workspace.folder.iterdir():
-        if path.name not in workspace.done:
+    for path in workspace.folder.rglob("*"):
+        if path.is_file() and path.name not in workspace.done:
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
 

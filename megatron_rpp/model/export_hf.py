@@ -1,34 +1,31 @@
-"""A model's shards back to Hugging Face tensors: an iterator for weight sync, a directory for everyone else."""
+"""A model's shards back to Hugging Face tensors, an iterator: for weight sync, and for directories (save_hf.py)."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_rpp.model.build import Model
 from megatron_rpp.model.hf_mapping import family_of
-from megatron_rpp.model.mtp_export import count_mtp, mtp_tensors, tell_mtp
+from megatron_rpp.model.safetensors_file import Entry
 from megatron_rpp.model.shards import ShardedParameter, sharded_parameters
-from megatron_rpp.parallel.collectives import gather_errors, gather_objects, gather_shards, on_rank_0
-
-_COPIED = ("*.json", "*.model", "*.txt", "*.jinja")  # config and tokenizer files
+from megatron_rpp.parallel.collectives import gather_shards
 
 
 def hf_tensors(
-    model: Model, value_of: Callable[[ShardedParameter], Tensor | None] = lambda item: item.parameter.detach()
+    model: Model,
+    value_of: Callable[[ShardedParameter], Tensor | None] = lambda item: item.parameter.detach(),
+    gather: Callable[[Tensor, ProcessGroup], list[Tensor]] = gather_shards,
 ) -> Iterator[tuple[str, Tensor]]:
     """This pipeline stage's tensors under their Hugging Face names, whole.
 
     A collective over the TP group, and over the groups of experts where these are split: every rank that
     `takes_part_in_export` must run the iterator to its end, and each gets every tensor. Experts come one of
     each EP rank at a time. `value_of` picks what is exported of a parameter (its gradient, say), shaped like
-    it; None leaves it out, on every rank.
+    it; None leaves it out, on every rank. `gather` gives the equally shaped shards of a group's ranks.
     """
     family = family_of(model.hf)
     for item in sharded_parameters(model.chunks):
@@ -37,14 +34,28 @@ def hf_tensors(
             continue
         rule, names = family.find(item.name)
         group = model.parallel.etp_group if item.is_expert else model.parallel.tp_group
-        shards = [local] if item.dim is None else gather_shards(local, group)
+        shards = [local] if item.dim is None else gather(local, group)
         whole = rule.transform.merge(shards, item.dim, model.hf)
         if not item.is_expert:
             yield from zip(names, whole, strict=True)
             continue
-        parts = [gather_shards(part, model.parallel.ep_group) for part in whole]
+        parts = [gather(part, model.parallel.ep_group) for part in whole]
         for name, tensors in zip(item.ep_names, zip(*parts, strict=True), strict=True):
             yield from zip(family.find(name)[1], tensors, strict=True)
+
+
+def empty_hf_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
+    """What `hf_tensors` will give, on the meta device; no collective."""
+
+    def alike(shard: Tensor, group: ProcessGroup) -> list[Tensor]:
+        return [shard] * group.size()
+
+    return hf_tensors(model, lambda item: torch.empty_like(item.parameter, device="meta"), alike)
+
+
+def entries_of(tensors: Iterator[tuple[str, Tensor]]) -> list[Entry]:
+    """Name, dtype and shape of each."""
+    return [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
 
 
 def takes_part_in_export(model: Model) -> bool:
@@ -54,67 +65,3 @@ def takes_part_in_export(model: Model) -> bool:
     """
     parallel = model.parallel
     return parallel.dp_rank == 0 or (model.hf.moe is not None and parallel.ep_size * parallel.etp_size > 1)
-
-
-def save_hf(model: Model, source: str, out: str, *, mtp: str = "keep") -> None:
-    """Write the whole model as a Hugging Face directory; config and tokenizer come from `source`.
-
-    mtp: `keep` or `drop` the multi-token prediction layers of `source`, which training does not change.
-
-    A collective over the whole job. Each stage of the first replica writes one safetensors file; the
-    directory appears under its final name only when it is complete.
-
-    Raises OSError on every rank if any rank could not write.
-    """
-    final = Path(out)
-    partial = final.with_name(final.name + ".partial")
-    on_rank_0(lambda: make_empty(partial))
-    files = _write_shards(model, partial, source, mtp)
-    on_rank_0(lambda: _finish(model, Path(source), partial, final, files))
-
-
-def _write_shards(model: Model, folder: Path, source: str, mtp: str) -> list[tuple[str, list[str]]]:
-    """Write this stage's file; every rank's (file, tensor names)."""
-    parallel, names, error = model.parallel, [], None
-    file_name = f"model-{parallel.pp_rank + 1:05d}-of-{parallel.pp_size:05d}.safetensors"
-    if takes_part_in_export(model):
-        is_writer = parallel.dp_rank == 0 and parallel.tp_rank == 0
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in hf_tensors(model) if is_writer}
-        if is_writer:
-            try:
-                if mtp == "keep":
-                    tensors |= mtp_tensors(source, tensors, is_last_stage=parallel.is_last_stage)
-                save_file(tensors, str(folder / file_name), metadata={"format": "pt"})
-                names = list(tensors)
-            except (OSError, ValueError, SafetensorError) as caught:
-                error = f"{folder / file_name}: {caught}"
-    if failed := gather_errors(error):
-        raise OSError(failed)
-    return gather_objects((file_name, names))
-
-
-def make_empty(folder: Path) -> None:
-    """Make `folder` anew, with nothing in it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _finish(model: Model, source: Path, partial: Path, final: Path, files: list[tuple[str, list[str]]]) -> None:
-    """Index, config and tokenizer; then the final name. An older directory of that name goes last."""
-    weight_map = {name: file_name for file_name, names in files for name in names}
-    (partial / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1)
-    )
-    for path in (path for pattern in _COPIED for path in source.glob(pattern)):
-        if not path.name.endswith(".index.json"):
-            shutil.copy(path, partial)
-    config = json.loads((source / "config.json").read_text())
-    config["dtype" if "dtype" in config else "torch_dtype"] = str(model.config.params_dtype).removeprefix("torch.")
-    tell_mtp(config, str(source), count_mtp(str(source), weight_map))
-    (partial / "config.json").write_text(json.dumps(config, indent=2))
-    old = final.with_name(final.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    partial.rename(final)
-    shutil.rmtree(old, ignore_errors=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ def copy_model_files(
     dtype: str | None,
     quantization: dict[str, Any] | None = None,
     include_code: bool = False,
+    changes: Mapping[str, Any] | None = None,
 ) -> None:
     """Copy config and tokenizer of a model directory, never its weights.
 
@@ -41,6 +42,7 @@ def copy_model_files(
         dtype: what config.json is to name as the weights' type, `bfloat16` say; None leaves it.
         quantization: the quantization_config of the weights in `out`; None where they are not quantized,
             whatever the source's were.
+        changes: keys of config.json that say otherwise in `out`.
         include_code: also the Python files, for a model that needs trust_remote_code.
 
     Raises:
@@ -57,11 +59,17 @@ def copy_model_files(
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target)  # contents alone: a read-only source must not make a read-only copy
     _set_weights(config, dtype, quantization)
+    config |= changes or {}
     (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
     if has_tokenizer and not any((source / name).is_file() for name in _FAST_FILES):
         from megatron_rpp.data.sentencepiece_export import write_fast_tokenizer
 
         write_fast_tokenizer(source, out)
+
+
+def copied_bytes(source: Path) -> int:
+    """Size of what copy_model_files copies, but for the tokenizer files that it may have to make."""
+    return sum(file.stat().st_size for file in (*_files_to_copy(source, False), source / "config.json"))
 
 
 def _files_to_copy(source: Path, include_code: bool) -> Iterator[Path]:

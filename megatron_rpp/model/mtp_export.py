@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -13,30 +13,33 @@ from megatron_rpp.model.hf_tensors import HFTensors
 from megatron_rpp.model.load_megatron import is_megatron_directory
 
 
-def mtp_tensors(source: str, main: Mapping[str, Tensor], *, is_last_stage: bool) -> dict[str, Tensor]:
-    """What a pipeline stage adds to its tensors `main`: by HF name, as the Hugging Face directory `source` has it.
+def with_mtp_layers(
+    source: str, mtp: str, tensors: Iterator[tuple[str, Tensor]], is_last_stage: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """A pipeline stage's `tensors` by HF name, and on the last stage the MTP layers of the directory `source`.
 
-    Copies of the embedding and the output weights are those of `main`. A Megatron directory gives none.
-    Raises ValueError where `source` can no longer be read.
+    mtp: `drop` leaves these out. Copies of the embedding and the output weights follow what they repeat.
+    A Megatron directory gives none. Raises ValueError where `source` can no longer be read.
     """
     hf = read_hf_config(source)
-    if not hf.num_mtp_layers or is_megatron_directory(source):
-        return {}
+    if mtp == "drop" or not hf.num_mtp_layers or is_megatron_directory(source):
+        yield from tensors
+        return
     files = HFTensors(source, allow_pickle=True)  # if there are pickles alone, the run was allowed to start from them
     hf = stored_mtp(hf, files.names)
     copies = mtp_copies(hf)
-    found = {copy: main[name].clone() for copy, name in copies.items() if name in main}
+    for name, tensor in tensors:
+        yield name, tensor
+        yield from ((copy, tensor) for copy, main in copies.items() if main == name)
     if is_last_stage:
-        found |= {name: files.read(name) for name in files.names if is_mtp(name, hf) and name not in copies}
-    return found
+        yield from ((name, files.read(name)) for name in files.names if is_mtp(name, hf) and name not in copies)
 
 
-def count_mtp(source: str, names: Collection[str]) -> int:
-    """How many of the MTP layers that the config.json of `source` claims are among the HF tensors `names`."""
-    return stored_mtp(read_hf_config(source), names).num_mtp_layers
+def mtp_changes(source: str, names: Collection[str]) -> dict[str, Any]:
+    """What the config.json of `source` must say otherwise beside the HF tensors `names`: how many MTP layers."""
+    return told_mtp(source, stored_mtp(read_hf_config(source), names).num_mtp_layers)
 
 
-def tell_mtp(config: dict[str, Any], source: str, held: int) -> None:
-    """Change the config.json that was read from `source` where it claims other than the `held` MTP layers."""
-    if read_hf_config(source).num_mtp_layers != held:
-        config[CONFIG_KEY] = held
+def told_mtp(source: str, held: int) -> dict[str, Any]:
+    """What the config.json of `source` must say otherwise beside `held` MTP layers."""
+    return {} if held == read_hf_config(source).num_mtp_layers else {CONFIG_KEY: held}

@@ -88,7 +88,10 @@ def gather_errors(error: str | None) -> str | None:
 
 
 def on_rank_0(
-    action: Callable[[], None], *, expect: type[Exception] = OSError, raises: type[Exception] = OSError
+    action: Callable[[], None],
+    *,
+    expect: type[Exception] | tuple[type[Exception], ...] = OSError,
+    raises: type[Exception] = OSError,
 ) -> None:
     """Run `action` on rank 0 while the others wait. An `expect` there is raised on every rank as a `raises`."""
     error = None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_rpp.model.build import Model
-from megatron_rpp.model.export_hf import save_hf
+from megatron_rpp.model.save_hf import save_hf
 from megatron_rpp.parallel.collectives import on_rank_0
 from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.weight_sync.transport import Post, WeightSyncError

@@ -22,7 +22,8 @@ from megatron_rpp.engine.score import logprob_head, score
 from megatron_rpp.engine.train_step import global_counts
 from megatron_rpp.experience.types import ExperienceBatch
 from megatron_rpp.model.build import Model, build_model
-from megatron_rpp.model.export_hf import hf_tensors, save_hf
+from megatron_rpp.model.export_hf import hf_tensors
+from megatron_rpp.model.save_hf import save_hf
 from megatron_rpp.model.shards import ShardedParameter
 from megatron_rpp.parallel import bootstrap
 from megatron_rpp.parallel.collectives import sum_over

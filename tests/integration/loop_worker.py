@@ -14,7 +14,7 @@ import psutil
 
 from megatron_rpp.config.load import load_config
 from megatron_rpp.experience.types import Rollout
-from megatron_rpp.model.export_hf import save_hf
+from megatron_rpp.model.save_hf import save_hf
 from megatron_rpp.observability.logs import setup_logging
 from megatron_rpp.parallel.rank_process import exit_on_sigterm
 from megatron_rpp.session import Session, open_session

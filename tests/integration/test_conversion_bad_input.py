@@ -26,11 +26,13 @@ def source(tmp_path: Path) -> Path:
     return save_tiny("llama", tmp_path)
 
 
-def _refused(capfd: pytest.CaptureFixture[str], main: Callable[[list[str]], int], *words: object) -> str:
-    """The one line; `words` end with OUT."""
+def _refused(
+    capfd: pytest.CaptureFixture[str], main: Callable[[list[str]], int], source: Path, out: Path, *options: object
+) -> str:
+    """The one line."""
     capfd.readouterr()
-    out = Path(str(words[1]))
-    assert main([str(word) for word in words]) == 2
+    given = "--hf" if main is hf_to_megatron.main else "--megatron"
+    assert main([given, str(source), "--out", str(out), *map(str, options)]) == 2
     assert not out.exists() and not out.with_name(out.name + ".partial").exists()
     (line,) = capfd.readouterr().err.splitlines()
     assert ": error: " in line
@@ -90,7 +92,7 @@ def test_existing_output_is_never_overwritten(source: Path, tmp_path: Path) -> N
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("precious")
-    assert hf_to_megatron.main([str(source), str(out)]) == 2
+    assert hf_to_megatron.main(["--hf", str(source), "--out", str(out)]) == 2
     assert [path.name for path in out.iterdir()] == ["mine"]
 
 
@@ -111,7 +113,7 @@ def test_disk_without_room_is_refused_before_anything_is_written(
 
 def _megatron(source: Path, tmp_path: Path) -> Path:
     there = tmp_path / "there"
-    assert hf_to_megatron.main([str(source), str(there)]) == 0
+    assert hf_to_megatron.main(["--hf", str(source), "--out", str(there)]) == 0
     return there
 
 
@@ -174,11 +176,13 @@ def test_disk_that_fills_up_ends_the_conversion_and_nothing_is_left(source: Path
     disk.mkdir()
     if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(disk)], capture_output=True).returncode:
         pytest.skip("this machine lets no user mount a tmpfs")
-    given = source if tool == "hf_to_megatron" else _megatron(source, tmp_path)
+    given = f"--hf {source}" if tool == "hf_to_megatron" else f"--megatron {_megatron(source, tmp_path)}"
     script = tmp_path / "convert.py"
     script.write_text(_ON_A_FULL_DISK)
     # 100 kB: the weights are 160 kB. What is left is listed inside, where the disk is mounted.
-    command = f"mount -t tmpfs -o size=100k none {disk} && {{ {sys.executable} {script} {tool} {given} {disk}/out; "
+    command = (
+        f"mount -t tmpfs -o size=100k none {disk} && {{ {sys.executable} {script} {tool} {given} --out {disk}/out; "
+    )
     command += f"code=$?; ls -A {disk}; exit $code; }}"
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", command],

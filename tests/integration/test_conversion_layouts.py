@@ -23,7 +23,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("converted")
     for family in FAMILY_NAMES:
         source = save_tiny(family, root)
-        assert hf_to_megatron.main([str(source), f"{source}-megatron", "--tp", "2"]) == 0
+        assert hf_to_megatron.main(["--hf", str(source), "--out", f"{source}-megatron", "--tp", "2"]) == 0
     return root
 
 
@@ -53,6 +53,6 @@ def test_checkpoint_of_a_run_converts_to_its_weights_without_the_optimizer(tmp_p
     arguments = {"models": {"llama": str(source)}, "run_dir": str(run_dir), "vocab_divisor": 16}
     run_on(LAYOUTS[layout], "conversion_worker", arguments, tmp_path)
     checkpoint = latest_checkpoint(run_dir)
-    assert megatron_to_hf.main([str(checkpoint), str(out)]) == 2, "it has no config.json"
-    assert megatron_to_hf.main([str(checkpoint), str(out), "--hf", str(source)]) == 0
+    assert megatron_to_hf.main(["--megatron", str(checkpoint), "--out", str(out)]) == 2, "it has no config.json"
+    assert megatron_to_hf.main(["--megatron", str(checkpoint), "--out", str(out), "--hf", str(source)]) == 0
     assert not list(differences(HFSource(source), HFSource(out), atol=None))

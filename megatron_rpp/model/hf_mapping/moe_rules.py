@@ -14,7 +14,7 @@ from megatron_rpp.model.hf_mapping.transforms import GateUp
 _MEGATRON = "decoder.layers.{i}.mlp"
 _HF = "model.layers.{i}.mlp"
 
-SELECTION_BIAS = Rule(f"{_MEGATRON}.router.expert_bias", (f"{_HF}.gate.e_score_correction_bias",))
+SELECTION_BIAS = Rule(f"{_MEGATRON}.router.expert_bias", (f"{_HF}.gate.e_score_correction_bias",), keeps_dtype=True)
 SHARED_EXPERTS = (
     Rule(
         f"{_MEGATRON}.shared_experts.linear_fc1.weight",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 
 from megatron_rpp.model.hf_config import HFConfig, RawConfig
@@ -23,11 +24,15 @@ class Rule:
     megatron: str
     hf: tuple[str, ...]
     transform: Transform = Direct()  # noqa: RUF009 - stateless
+    keeps_dtype: bool = False  # conversion to another dtype leaves it as it is stored
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile(re.sub(r"\\{([ie])\\}", r"(?P<\1>\\d+)", re.escape(self.megatron)))
 
     def match(self, megatron_name: str) -> dict[str, str] | None:
         """The indices in a parameter's global name; None where it is another parameter's."""
-        pattern = re.sub(r"\\{([ie])\\}", r"(?P<\1>\\d+)", re.escape(self.megatron))
-        found = re.fullmatch(pattern, megatron_name)
+        found = self._pattern.fullmatch(megatron_name)
         return found.groupdict() if found else None
 
     def layers(self, hf: HFConfig) -> list[int]:

@@ -17,8 +17,8 @@ from tests.support.tiny_models import FAMILY_NAMES, save_tiny
 
 def _there_and_back(source: Path, *to_hf: str, to_megatron: tuple[str, ...] = ()) -> Path:
     there, back = source.with_name("there"), source.with_name("back")
-    assert hf_to_megatron.main([str(source), str(there), *to_megatron]) == 0
-    assert megatron_to_hf.main([str(there), str(back), *to_hf]) == 0
+    assert hf_to_megatron.main(["--hf", str(source), "--out", str(there), *to_megatron]) == 0
+    assert megatron_to_hf.main(["--megatron", str(there), "--out", str(back), *to_hf]) == 0
     return back
 
 
@@ -70,7 +70,7 @@ def test_fp8_export_holds_quantized_projections_and_converts_again(tmp_path: Pat
     assert torch.equal(held[name].view(torch.uint8), weight.view(torch.uint8))
     assert torch.equal(held[f"{name}_scale_inv"], scale)
     assert held["model.embed_tokens.weight"].dtype == torch.bfloat16
-    assert hf_to_megatron.main([str(back), str(tmp_path / "again")]) == 0
+    assert hf_to_megatron.main(["--hf", str(back), "--out", str(tmp_path / "again")]) == 0
     assert compare.main([str(back), str(tmp_path / "again")]) == 0, "both are read dequantized"
     assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
 
@@ -115,7 +115,7 @@ def test_compare_finds_a_changed_a_missing_and_a_recast_tensor(
 
 def test_inspect_tells_the_same_of_both_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, there = save_tiny("qwen3", tmp_path), tmp_path / "there"
-    assert hf_to_megatron.main([str(source), str(there)]) == 0
+    assert hf_to_megatron.main(["--hf", str(source), "--out", str(there)]) == 0
     capsys.readouterr()
     told = []
     for path in (source, there):

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from megatron_rpp.model import export_hf
 from megatron_rpp.model.build import Model
+from megatron_rpp.model.export_hf import hf_tensors
 from megatron_rpp.model.hf_config import HFConfig
 from megatron_rpp.model.hf_mapping import read_hf_config
 from megatron_rpp.model.load_hf import load_hf_weights
@@ -84,27 +84,24 @@ def load(chunks: list[nn.Module], path: Path, tp_rank: int = 0, tp_size: int = 1
     load_hf_weights(chunks, read_hf_config(str(path)), str(path), place, dtype=torch.float32)
 
 
-def export(ranks: list[nn.Module], hf: HFConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+def export(ranks: list[nn.Module], hf: HFConfig) -> dict[str, Tensor]:
     """hf_tensors of rank 0, its all-gather answered from the other ranks' modules."""
     splits = [[s for s in sharded_parameters([r]) if s.dim is not None and not s.is_tied_copy] for r in ranks]
     answers: Iterator[list[Tensor]] = ([s.parameter.detach() for s in items] for items in zip(*splits, strict=True))
-    monkeypatch.setattr(export_hf, "gather_shards", lambda local, group: next(answers))
     model: Any = Model([ranks[0]], hf, None, SimpleNamespace(tp_group=None))  # type: ignore[arg-type]
-    return dict(export_hf.hf_tensors(model))
+    return dict(hf_tensors(model, gather=lambda local, group: next(answers)))
 
 
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("family", DENSE)
-def test_load_then_export_is_bit_for_bit_the_checkpoint(
-    family: str, tp: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_load_then_export_is_bit_for_bit_the_checkpoint(family: str, tp: int, tmp_path: Path) -> None:
     path = save_tiny(family, tmp_path)
     hf = read_hf_config(str(path))
     ranks = [stage(hf, tp) for _ in range(tp)]
     for rank, chunk in enumerate(ranks):
         load([chunk], path, rank, tp)
         assert not any(p.isnan().any() for p in chunk.parameters()), "a parameter was not filled"
-    found, expected = export(ranks, hf, monkeypatch), load_file(path / "model.safetensors")
+    found, expected = export(ranks, hf), load_file(path / "model.safetensors")
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
@@ -121,16 +118,14 @@ def test_a_later_stage_loads_the_layers_of_its_global_index(tmp_path: Path) -> N
         assert torch.equal(loaded, expected[f"model.layers.{i + 2}.mlp.down_proj.weight"])
 
 
-def test_the_last_stage_of_a_tied_model_gets_the_embedding_and_does_not_export_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_last_stage_of_a_tied_model_gets_the_embedding_and_does_not_export_it(tmp_path: Path) -> None:
     path = save_tiny("qwen3", tmp_path)
     hf = read_hf_config(str(path))
     last = stage(hf, layers=range(2, 4))
     load([last], path)
     embedding = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(last.output_layer.weight[:19], embedding)
-    assert not {"lm_head.weight", "model.embed_tokens.weight"} & export([last], hf, monkeypatch).keys()
+    assert not {"lm_head.weight", "model.embed_tokens.weight"} & export([last], hf).keys()
 
 
 def change(path: Path, name: str, value: Tensor | None) -> None:

@@ -15,7 +15,7 @@ from megatron_rpp.model.hf_mapping import family_of, read_hf_config
 from megatron_rpp.model.hf_mapping.mtp import is_mtp, mtp_copies, stored_mtp, without_mtp
 from megatron_rpp.model.hf_mapping.transforms import Copied, Shard, Vocab
 from megatron_rpp.model.hf_tensors import HFTensors
-from megatron_rpp.model.mtp_export import count_mtp, mtp_tensors, tell_mtp
+from megatron_rpp.model.mtp_export import mtp_changes, with_mtp_layers
 from tests.support.mtp import add_mtp
 from tests.support.tiny_models import save_tiny
 
@@ -108,15 +108,17 @@ def test_an_exported_directory_takes_mtp_layers_from_the_source_and_copies_from_
     stored = load_file(path / "model.safetensors")
     first = {"model.embed_tokens.weight": torch.randn(19, 32)}
     last = {"lm_head.weight": torch.randn(19, 32)}
-    found = mtp_tensors(str(path), first, is_last_stage=False) | mtp_tensors(str(path), last, is_last_stage=True)
+    found = {
+        **dict(with_mtp_layers(str(path), "keep", iter(first.items()), is_last_stage=False)),
+        **dict(with_mtp_layers(str(path), "keep", iter(last.items()), is_last_stage=True)),
+    }
+    assert {**first, **last}.keys() <= found.keys()
+    found = {name: tensor for name, tensor in found.items() if name not in (*first, *last)}
     assert found.keys() == {name for name in stored if name.startswith("model.layers.4.")}
     for name, tensor in found.items():
         assert torch.equal(tensor, {**first, **last}[COPIES[name]] if name in COPIES else stored[name]), name
 
 
 def test_config_json_of_a_directory_without_them_says_so(path: Path) -> None:
-    config = {"num_nextn_predict_layers": 1}
-    tell_mtp(config, str(path), count_mtp(str(path), load_file(path / "model.safetensors")))
-    assert config == {"num_nextn_predict_layers": 1}
-    tell_mtp(config, str(path), count_mtp(str(path), ["lm_head.weight"]))
-    assert config == {"num_nextn_predict_layers": 0}
+    assert mtp_changes(str(path), list(load_file(path / "model.safetensors"))) == {}
+    assert mtp_changes(str(path), ["lm_head.weight"]) == {"num_nextn_predict_layers": 0}
