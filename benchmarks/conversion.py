@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_rpp.model.safetensors_file import Entry, plan_files, write_file, write_index
+from megatron_rpp.model.hf_io.safetensors_writer import Entry, plan_files, write_file, write_index
 
 HIDDEN, FFN, HEADS, GROUPS, HEAD_DIM, VOCAB = 2048, 8192, 16, 8, 128, 32_000
 FILE_BYTES = 500_000_000

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from megatron_rpp.conversion.megatron_reader import MegatronTensors
+from megatron_rpp.model.hf_io.tensors import HFTensors
 from megatron_rpp.model.hf_mapping import read_hf_config
-from megatron_rpp.model.hf_tensors import HFTensors
 from megatron_rpp.model.load_megatron import is_megatron_directory
 
 _WEIGHTS = (".safetensors", ".bin", ".distcp")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_rpp.conversion.sources import Source, TensorInfo
-from megatron_rpp.model.fp8_blocks import SCALE_SUFFIX, is_quantized, quantize, scale_shape
-from megatron_rpp.model.safetensors_file import Entry
+from megatron_rpp.model.hf_io.fp8_blocks import SCALE_SUFFIX, is_quantized, quantize, scale_shape
+from megatron_rpp.model.hf_io.safetensors_writer import Entry
 
 
 class HFStream:

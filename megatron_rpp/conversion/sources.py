@@ -13,9 +13,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_rpp.conversion.megatron_reader import MegatronTensors
 from megatron_rpp.conversion.skeleton import Skeleton, Slot, build_skeleton
 from megatron_rpp.model.hf_config import HFConfig
+from megatron_rpp.model.hf_io.tensors import HFTensors
 from megatron_rpp.model.hf_mapping import family_of, read_hf_config
 from megatron_rpp.model.hf_mapping.mtp import stored_mtp
-from megatron_rpp.model.hf_tensors import HFTensors
 from megatron_rpp.model.load_megatron import is_megatron_directory
 
 

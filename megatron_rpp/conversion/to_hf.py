@@ -14,13 +14,13 @@ from megatron_rpp.conversion.skeleton import build_skeleton
 from megatron_rpp.conversion.sources import MegatronSource
 from megatron_rpp.conversion.tokenizer_size import require_tokenizer_fits
 from megatron_rpp.conversion.workspace import Workspace, fingerprint, open_workspace, require_absent, require_disk
-from megatron_rpp.model.fp8_blocks import quantization_config
-from megatron_rpp.model.hf_files import copied_bytes, copy_model_files
+from megatron_rpp.model.hf_io.fp8_blocks import quantization_config
+from megatron_rpp.model.hf_io.model_files import copied_bytes, copy_model_files
+from megatron_rpp.model.hf_io.safetensors_writer import plan_files, write_file, write_index
 from megatron_rpp.model.hf_mapping import read_hf_config
 from megatron_rpp.model.hf_mapping.mtp import MEGATRON_KEY, stored_mtp, without_mtp
 from megatron_rpp.model.load_megatron import is_megatron_directory
 from megatron_rpp.model.mtp_export import told_mtp
-from megatron_rpp.model.safetensors_file import plan_files, write_file, write_index
 
 SPARE_BYTES = 1 << 20  # headers and index
 ENTRY_BYTES = 512  # of a header and the index, a tensor

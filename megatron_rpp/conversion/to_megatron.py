@@ -19,10 +19,10 @@ from megatron_rpp.conversion.sources import require_complete
 from megatron_rpp.conversion.tokenizer_size import require_tokenizer_fits
 from megatron_rpp.conversion.workspace import fingerprint, open_workspace, require_absent, require_disk
 from megatron_rpp.model.checks import check_split
-from megatron_rpp.model.hf_files import copied_bytes, copy_model_files
+from megatron_rpp.model.hf_io.model_files import copied_bytes, copy_model_files
+from megatron_rpp.model.hf_io.tensors import HFTensors
 from megatron_rpp.model.hf_mapping import read_hf_config
 from megatron_rpp.model.hf_mapping.mtp import stored_mtp, without_mtp
-from megatron_rpp.model.hf_tensors import HFTensors
 from megatron_rpp.model.load_megatron import is_megatron_directory
 from megatron_rpp.model.mtp_export import told_mtp
 

@@ -15,9 +15,9 @@ from megatron_rpp.model.hf_config import HFConfig
 from megatron_rpp.model.hf_mapping import read_hf_config
 from megatron_rpp.model.hf_mapping.mtp import without_mtp
 from megatron_rpp.model.layer_spec import block_spec, mtp_spec, resolve_layer_spec
+from megatron_rpp.model.layers.rotary import install_rotary
 from megatron_rpp.model.load_hf import load_hf_weights
 from megatron_rpp.model.load_megatron import is_megatron_directory, load_megatron_weights
-from megatron_rpp.model.rotary import install_rotary
 from megatron_rpp.model.transformer_config import transformer_config
 from megatron_rpp.parallel.context import ParallelContext
 

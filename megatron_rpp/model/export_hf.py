@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_rpp.model.build import Model
+from megatron_rpp.model.hf_io.safetensors_writer import Entry
 from megatron_rpp.model.hf_mapping import family_of
-from megatron_rpp.model.safetensors_file import Entry
 from megatron_rpp.model.shards import ShardedParameter, sharded_parameters
 from megatron_rpp.parallel.collectives import gather_shards
 

@@ -12,11 +12,11 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_rpp import device
 from megatron_rpp.device import without_te
-from megatron_rpp.model.attention import SDPACoreAttention
 from megatron_rpp.model.hf_config import HFConfig
-from megatron_rpp.model.layer_features import add_features
-from megatron_rpp.model.mla import use_local_mla
-from megatron_rpp.model.norms import RMSNorm
+from megatron_rpp.model.layers.attention import SDPACoreAttention
+from megatron_rpp.model.layers.features import add_features
+from megatron_rpp.model.layers.mla import use_local_mla
+from megatron_rpp.model.layers.norms import RMSNorm
 
 
 def resolve_layer_spec(choice: str) -> str:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from megatron_rpp.model.hf_config import HFConfig
+from megatron_rpp.model.hf_io.tensors import HFTensors
 from megatron_rpp.model.hf_mapping import family_of
 from megatron_rpp.model.hf_mapping.mtp import stored_mtp, without_mtp
 from megatron_rpp.model.hf_mapping.transforms import Shard
-from megatron_rpp.model.hf_tensors import HFTensors
 from megatron_rpp.model.shards import sharded_parameters
 from megatron_rpp.parallel.context import ParallelContext
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_rpp.model.hf_io.tensors import HFTensors
 from megatron_rpp.model.hf_mapping import read_hf_config
 from megatron_rpp.model.hf_mapping.mtp import CONFIG_KEY, is_mtp, mtp_copies, stored_mtp
-from megatron_rpp.model.hf_tensors import HFTensors
 from megatron_rpp.model.load_megatron import is_megatron_directory
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from megatron_rpp.model.build import Model
 from megatron_rpp.model.export_hf import empty_hf_tensors, entries_of, hf_tensors, takes_part_in_export
-from megatron_rpp.model.hf_files import copy_model_files
+from megatron_rpp.model.hf_io.model_files import copy_model_files
+from megatron_rpp.model.hf_io.safetensors_writer import Entry, name_files, split_entries, write_file, write_index
 from megatron_rpp.model.mtp_export import mtp_changes, with_mtp_layers
-from megatron_rpp.model.safetensors_file import Entry, name_files, split_entries, write_file, write_index
 from megatron_rpp.parallel.collectives import gather_errors, gather_objects, on_rank_0
 
 FILE_BYTES = 4_000_000_000

@@ -11,9 +11,9 @@ from megatron_rpp import device
 from megatron_rpp.config.schema import Config
 from megatron_rpp.model.hf_config import HFConfig
 from megatron_rpp.model.layer_spec import resolve_layer_spec
+from megatron_rpp.model.layers.rotary import attention_scale
 from megatron_rpp.model.mla_config import mla_settings, wants_qk_layernorm
 from megatron_rpp.model.moe_config import moe_settings
-from megatron_rpp.model.rotary import attention_scale
 
 
 def transformer_config(hf: HFConfig, config: Config) -> TransformerConfig:

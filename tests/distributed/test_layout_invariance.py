@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_rpp.model.hf_tensors import HFTensors
+from megatron_rpp.model.hf_io.tensors import HFTensors
 from tests.distributed.invariance_worker import algorithms, fixed_batch
 from tests.distributed.layouts import EXPERT_LAYOUTS, LAYOUTS, layouts_of, run_on
 from tests.support.tiny_models import FAMILY_NAMES, MOE_FAMILY_NAMES, save_tiny

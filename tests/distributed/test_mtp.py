@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_rpp.model.hf_tensors import HFTensors
+from megatron_rpp.model.hf_io.tensors import HFTensors
 from tests.distributed.layouts import EXPERT_LAYOUTS, LAYOUTS, run_on
 from tests.support.mtp import add_mtp
 from tests.support.tiny_models import save_tiny

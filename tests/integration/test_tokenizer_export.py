@@ -12,7 +12,7 @@ import pytest
 
 from megatron_rpp.config.schema import RolloutConfig
 from megatron_rpp.data.tokenizer import load_tokenizer
-from megatron_rpp.model.hf_files import copy_model_files
+from megatron_rpp.model.hf_io.model_files import copy_model_files
 from megatron_rpp.rollout.server_command import server_environment
 from tests.support.tokenizer_dirs import write_sentencepiece
 

@@ -30,7 +30,7 @@ def _router_error(moe: MoE) -> str | None:
     """Why Megatron would choose or weigh experts differently from the model's authors; None if it does not.
 
     `topk_routing_with_score_function` always normalizes sigmoid scores. How groups of experts are scored is
-    model/router.py's.
+    model/layers/router.py's.
     """
     if moe.score == "sigmoid" and not moe.normalize_top_k and moe.top_k > 1:
         return "sigmoid scores of experts that are not normalized (norm_topk_prob=false)"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from checkpoint_tools import compare, hf_to_megatron, inspect, megatron_to_hf
-from megatron_rpp.model.fp8_blocks import quantize
+from megatron_rpp.model.hf_io.fp8_blocks import quantize
 from tests.support.tiny_models import FAMILY_NAMES, save_tiny
 
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_rpp.model.hf_config import HFConfig
+from megatron_rpp.model.hf_io.tensors import HFTensors
 from megatron_rpp.model.hf_mapping import family_of, read_hf_config
 from megatron_rpp.model.hf_mapping.mtp import is_mtp, mtp_copies, stored_mtp, without_mtp
 from megatron_rpp.model.hf_mapping.transforms import Copied, Shard, Vocab
-from megatron_rpp.model.hf_tensors import HFTensors
 from megatron_rpp.model.mtp_export import mtp_changes, with_mtp_layers
 from tests.support.mtp import add_mtp
 from tests.support.tiny_models import save_tiny

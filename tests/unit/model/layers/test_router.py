@@ -16,8 +16,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 import megatron_rpp.device  # noqa: F401 - before any import of megatron
 from megatron_rpp.config.schema import ParallelConfig
 from megatron_rpp.model.hf_config import HFConfig, MoE
+from megatron_rpp.model.layers.router import GroupChoice, needs_group_router
 from megatron_rpp.model.moe_config import moe_settings
-from megatron_rpp.model.router import GroupChoice, needs_group_router
 
 EXPERTS, HIDDEN, TOKENS = 12, 16, 500
 SOFTMAX = MoE(EXPERTS, 4, 8, (True,), normalize_top_k=False, scale=1.7)

@@ -9,9 +9,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megatron_rpp.model.hf_pickles import PickleFile
-from megatron_rpp.model.safetensors_file import INDEX_NAME, WHOLE_NAME
-from megatron_rpp.model.safetensors_reader import SafetensorsFile, StoredTensor
+from megatron_rpp.model.hf_io.pickles import PickleFile
+from megatron_rpp.model.hf_io.safetensors_reader import SafetensorsFile, StoredTensor
+from megatron_rpp.model.hf_io.safetensors_writer import INDEX_NAME, WHOLE_NAME
 
 _PICKLE = "pytorch_model.bin"
 _PICKLE_INDEX = "pytorch_model.bin.index.json"

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_rpp.model.safetensors_reader import DTYPES, METADATA
+from megatron_rpp.model.hf_io.safetensors_reader import DTYPES, METADATA
 
 INDEX_NAME = "model.safetensors.index.json"
 WHOLE_NAME = "model.safetensors"

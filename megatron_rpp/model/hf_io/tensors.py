@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_rpp.model.fp8_blocks import SCALE_SUFFIX, dequantize, scale_shape
-from megatron_rpp.model.hf_quantization import weight_block
-from megatron_rpp.model.hf_weight_files import open_tensors
-from megatron_rpp.model.safetensors_reader import StoredTensor
+from megatron_rpp.model.hf_io.fp8_blocks import SCALE_SUFFIX, dequantize, scale_shape
+from megatron_rpp.model.hf_io.quantization import weight_block
+from megatron_rpp.model.hf_io.safetensors_reader import StoredTensor
+from megatron_rpp.model.hf_io.weight_files import open_tensors
 
 _COMPUTED = "rotary_emb.inv_freq"  # a buffer that old Llama checkpoints hold
 _SHOWN = 3  # names that an error lists
@@ -31,7 +31,7 @@ class HFTensors:
         allow_pickle: read pytorch_model.bin, as weights alone, where there are no safetensors.
         dequantized_dtype: of FP8 weights once read.
 
-        Raises ValueError, naming file and tensor, for whatever of hf_weight_files.open_tensors, a quantization that
+        Raises ValueError, naming file and tensor, for whatever of weight_files.open_tensors, a quantization that
         cannot be read, and an FP8 weight whose scales are missing or of another shape.
         """
         self.path = Path(path)

@@ -14,7 +14,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
-from megatron_rpp.model.norms import RMSNorm
+from megatron_rpp.model.layers.norms import RMSNorm
 
 # Keys in a Megatron checkpoint; Transformer Engine has no `input_layernorm` to rename with MLA.
 _FUSED_NORM_KEYS = {

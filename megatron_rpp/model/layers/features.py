@@ -12,10 +12,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from megatron_rpp.model.attention import SDPACoreAttention
 from megatron_rpp.model.hf_config import HFConfig
-from megatron_rpp.model.norms import NormThenAdd
-from megatron_rpp.model.router import use_group_router
+from megatron_rpp.model.layers.attention import SDPACoreAttention
+from megatron_rpp.model.layers.norms import NormThenAdd
+from megatron_rpp.model.layers.router import use_group_router
 
 # Keys in a Megatron checkpoint, under the names that Megatron-Bridge gives them.
 _POST_NORM_KEYS = {

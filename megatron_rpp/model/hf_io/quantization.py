@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_rpp.model.fp8_blocks import BLOCK
+from megatron_rpp.model.hf_io.fp8_blocks import BLOCK
 
 _ADVICE = "start from the model's unquantized or block-scaled FP8 checkpoint"
 

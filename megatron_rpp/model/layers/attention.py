@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from megatron_rpp.model.capped_attention import capped_attention
+from megatron_rpp.model.layers.capped_attention import capped_attention
 
 
 class SDPACoreAttention(torch.nn.Module):

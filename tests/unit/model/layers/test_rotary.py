@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megatron_rpp.model.hf_config import HFConfig
 from megatron_rpp.model.hf_mapping import read_hf_config
-from megatron_rpp.model.rotary import TwoRotaryEmbeddings, attention_scale, frequencies
+from megatron_rpp.model.layers.rotary import TwoRotaryEmbeddings, attention_scale, frequencies
 
 SHAPE = {"hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}

@@ -10,8 +10,8 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megatron_rpp.model import capped_attention
-from megatron_rpp.model.attention import SDPACoreAttention
+from megatron_rpp.model.layers import capped_attention
+from megatron_rpp.model.layers.attention import SDPACoreAttention
 
 LENGTH, WIDTH, LAYERS = 11, 6, (1, 0)  # the first layer slides, the second does not
 

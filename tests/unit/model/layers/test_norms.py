@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
-from megatron_rpp.model.norms import NormThenAdd, RMSNorm
+from megatron_rpp.model.layers.norms import NormThenAdd, RMSNorm
 
 WIDTH = 64
 

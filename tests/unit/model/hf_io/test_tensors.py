@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_rpp.model.fp8_blocks import dequantize, quantization_config, quantize
-from megatron_rpp.model.hf_tensors import HFTensors
-from megatron_rpp.model.safetensors_file import Entry, write_file
+from megatron_rpp.model.hf_io.fp8_blocks import dequantize, quantization_config, quantize
+from megatron_rpp.model.hf_io.safetensors_writer import Entry, write_file
+from megatron_rpp.model.hf_io.tensors import HFTensors
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 SCALE = WEIGHT + "_scale_inv"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rpp.model.safetensors_reader import StoredTensor
+from megatron_rpp.model.hf_io.safetensors_reader import StoredTensor
 
 
 class PickleFile:

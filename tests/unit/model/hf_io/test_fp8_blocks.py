@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_rpp.model import fp8_blocks
-from megatron_rpp.model.fp8_blocks import dequantize, is_quantized, quantization_config, quantize
+from megatron_rpp.model.hf_io import fp8_blocks
+from megatron_rpp.model.hf_io.fp8_blocks import dequantize, is_quantized, quantization_config, quantize
 
 SHAPES = [(1, 1), (128, 128), (129, 128), (128, 127), (300, 200), (256, 384), (5, 513)]
 

@@ -17,9 +17,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_rpp.model import safetensors_file
-from megatron_rpp.model.safetensors_file import Entry, name_files, plan_files, split_entries, write_file, write_index
-from megatron_rpp.model.safetensors_reader import DTYPES, SafetensorsFile
+from megatron_rpp.model.hf_io import safetensors_writer
+from megatron_rpp.model.hf_io.safetensors_reader import DTYPES, SafetensorsFile
+from megatron_rpp.model.hf_io.safetensors_writer import (
+    Entry,
+    name_files,
+    plan_files,
+    split_entries,
+    write_file,
+    write_index,
+)
 
 F32 = torch.float32
 
@@ -161,7 +168,7 @@ def test_a_failed_write_keeps_the_older_file_and_the_rest_of_the_iterator(
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(safetensors_file.os, "fsync", full)
+    monkeypatch.setattr(safetensors_writer.os, "fsync", full)
     with pytest.raises(OSError, match=rf"No space left on device: '{path}\.tmp'") as caught:
         write_file(path, [Entry("a", F32, (2,)), Entry("b", F32, (2,))], stream)
     assert caught.value.errno == errno.ENOSPC

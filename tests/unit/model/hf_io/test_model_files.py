@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_rpp.data.tokenizer import load_tokenizer
-from megatron_rpp.model.hf_files import copy_model_files
+from megatron_rpp.model.hf_io.model_files import copy_model_files
 from tests.support.tokenizer_dirs import write_fast, write_sentencepiece
 
 CONFIG: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32"}
