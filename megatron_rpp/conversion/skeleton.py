@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
@@ -103,7 +102,8 @@ class Skeleton:
 def build_skeleton(hf: HFConfig) -> Skeleton:
     """Build the model of shape `hf` whole (TP 1, PP 1) on the meta device, in a process group of one rank."""
     config = Config(model=ModelConfig(layer_spec=LOCAL_SPEC, vocab_divisor=1))
-    with _on_meta(), _alone() as parallel, META:
+    with _alone() as parallel, device.without_memory(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # megatron tells of every optional package that is not installed
         (chunk,) = build_empty(_without_values(hf), config, parallel, mtp=True).chunks
         state: dict[str, Any] = chunk.sharded_state_dict()  # type: ignore[operator]
         slots = []
@@ -125,18 +125,6 @@ def _without_values(hf: HFConfig) -> HFConfig:
 def _object_keys(state: dict[str, ShardedObject]) -> list[str]:
     keys = [value.unique_key for value in state.values()]
     return keys + [key.replace(*_TE_OBJECT) for key in keys if _TE_OBJECT[0] in key]
-
-
-@contextmanager
-def _on_meta() -> Iterator[None]:
-    """The model layer finds no GPU, and puts what it builds on the meta device."""
-    with (
-        patch.object(device, "current", return_value=META),
-        patch.object(device, "has_cuda", return_value=False),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")  # megatron tells of every optional package that is not installed
-        yield
 
 
 @contextmanager

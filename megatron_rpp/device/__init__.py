@@ -7,17 +7,20 @@ Packages that import megatron import this one first, in their __init__.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from megatron_rpp.device import cpu
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_instead: torch.device | None = None  # set by without_memory
 
 
 def has_cuda() -> bool:
     """Whether this process computes on GPUs."""
-    return torch.cuda.is_available() and not getattr(torch.cuda, "_rpp_cpu", False)
+    return _instead is None and torch.cuda.is_available() and not getattr(torch.cuda, "_rpp_cpu", False)
 
 
 def select() -> torch.device:
@@ -34,7 +37,21 @@ def backend() -> str:
 
 def current() -> torch.device:
     """The device that this rank's tensors live on."""
+    if _instead is not None:
+        return _instead
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """What is built inside has shapes and no values: this rank's device is torch's meta device."""
+    global _instead
+    _instead = torch.device("meta")
+    try:
+        with _instead:
+            yield
+    finally:
+        _instead = None
 
 
 def dtype(name: str) -> torch.dtype:
