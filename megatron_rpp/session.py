@@ -79,7 +79,8 @@ class Session:
             schedule=self.optimizer.schedule.state_dict(),
             shaping=asdict(self.shaping),
         )
-        save_checkpoint(self.config.run.dir, self.policy, self.optimizer, state, self.config.checkpoint.keep)
+        keep, source = self.config.checkpoint.keep, self.config.model.path
+        save_checkpoint(self.config.run.dir, self.policy, self.optimizer, state, keep, source)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Megatron distributed checkpoints of a run: complete or absent, the newest few kept.
 
 RUN_DIR/checkpoints/step-000020/ holds Megatron's `dist_checkpointing` files (model and optimizer, at any
-layout) and run_state.json. A directory gets that name only when everything in it has been written.
+layout), config and tokenizer of the model, and run_state.json. A directory gets that name only when everything in it has been written.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.checkpoint.torch_adam import allocate_state, give_steps, load_state
 from megatron_rpp.engine.optimizer import Optimizer
 from megatron_rpp.model.build import Model
+from megatron_rpp.model.hf_io.model_files import copy_model_files
+from megatron_rpp.model.mtp_export import told_mtp
 from megatron_rpp.model.save_hf import make_empty
 from megatron_rpp.parallel.collectives import on_rank_0
 
@@ -33,8 +35,13 @@ def latest_checkpoint(run_dir: str | Path) -> Path | None:
     return found[-1] if found else None
 
 
-def save_checkpoint(run_dir: str | Path, policy: Model, optimizer: Optimizer, state: RunState, keep: int) -> Path:
+def save_checkpoint(
+    run_dir: str | Path, policy: Model, optimizer: Optimizer, state: RunState, keep: int, source: str | Path
+) -> Path:
     """Write the checkpoint of `state.step` and drop all but the newest `keep`. A collective over the whole job.
+
+    Config and tokenizer come from the model directory `source`, so that the checkpoint stands alone: it
+    converts to Hugging Face form, and another run can start from it.
 
     Raises OSError on every rank where rank 0 could not write.
     """
@@ -44,13 +51,15 @@ def save_checkpoint(run_dir: str | Path, policy: Model, optimizer: Optimizer, st
     dist_checkpointing.save(_sharded(policy, optimizer, is_loading=False), str(partial))
 
     def finish() -> None:
+        dtype = str(policy.config.params_dtype).removeprefix("torch.")
+        copy_model_files(Path(source), partial, dtype=dtype, changes=told_mtp(str(source), held=0))
         (partial / "run_state.json").write_text(json.dumps(state.to_json(), indent=1))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in _complete(Path(run_dir))[:-keep]:
             shutil.rmtree(old)
 
-    on_rank_0(finish)
+    on_rank_0(finish, expect=(OSError, ValueError))
     return final
 
 

@@ -51,7 +51,7 @@ def describe(path: str) -> tuple[list[tuple[str, str]], list[Stored]]:
 
 def _config(folder: Path) -> Iterator[tuple[str, str]]:
     if not (folder / "config.json").is_file():
-        yield "config", "none here; a training checkpoint is converted with --hf DIR"
+        yield "config", "none here; megatron_to_hf needs --hf DIR"
         return
     hf = read_hf_config(str(folder), "DIR")
     yield "architecture", hf.architecture

@@ -36,7 +36,7 @@ def main() -> None:
         for _ in range(2):
             train_step(policy, optimizer, batch, config)
         state = RunState(2, {"cursor": 5}, optimizer.schedule.state_dict(), asdict(shaping))
-        save_checkpoint(arguments["run_dir"], policy, optimizer, state, keep=1)
+        save_checkpoint(arguments["run_dir"], policy, optimizer, state, keep=1, source=config.model.path)
     else:
         path = latest_checkpoint(arguments["run_dir"])
         assert path is not None

@@ -33,7 +33,7 @@ def main() -> None:
             policy, optimizer = make_trainable(model, config.optimizer, total_steps=10)
             allocate_state(optimizer.megatron)  # it is saved before its first step
             state = RunState(2, {}, optimizer.schedule.state_dict(), {})
-            save_checkpoint(arguments["run_dir"], policy, optimizer, state, keep=1)
+            save_checkpoint(arguments["run_dir"], policy, optimizer, state, keep=1, source=path)
         else:
             _export(model, Path(arguments["out"]) / f"{family}-{parallel.rank}.pt")
     bootstrap.shutdown()
