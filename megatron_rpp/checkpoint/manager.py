@@ -1,7 +1,8 @@
 """Megatron distributed checkpoints of a run: complete or absent, the newest few kept.
 
 RUN_DIR/checkpoints/step-000020/ holds Megatron's `dist_checkpointing` files (model and optimizer, at any
-layout), config and tokenizer of the model, and run_state.json. A directory gets that name only when everything in it has been written.
+layout), config and tokenizer of the model, and run_state.json. A directory gets that name only when everything
+in it has been written.
 """
 
 from __future__ import annotations

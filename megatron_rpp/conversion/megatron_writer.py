@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -13,7 +14,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
@@ -22,6 +23,7 @@ from megatron_rpp.conversion.layout import Box, boxes_of
 from megatron_rpp.conversion.pieces import Piece
 from megatron_rpp.conversion.skeleton import Slot
 from megatron_rpp.conversion.workspace import Workspace
+from megatron_rpp.model.hf_io.chunked_file import ChunkedFile
 
 ReadSlot = Callable[[Slot], Tensor]
 _SUFFIX = "0.distcp"  # of the only file of each plan; torch puts `__<plan>_` before it
@@ -45,6 +47,7 @@ def write_megatron(
     plans, metadata = planner.create_global_plan(plans)
     # per_thread_copy_ahead=0: tensors are asked for one at a time, in order, also where there is a GPU.
     writer = FileSystemWriter(workspace.folder, thread_count=1, per_thread_copy_ahead=0)
+    writer.fs = _Files()
     writer.save_id = save_id  # a random one would tell a continued conversion from an undisturbed one
     results = []
     with _without_checksums():
@@ -71,6 +74,15 @@ def _write_plan(
             planner.release()
         workspace.note(file, [_stored(result) for result in results])
     return [_result(file, *stored) for stored in workspace.done[file]]
+
+
+class _Files(FileSystem):
+    """Hands torch's writer files that are written in pieces."""
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        with ChunkedFile(path, mode) as stream:
+            yield stream
 
 
 class _Streaming(DefaultSavePlanner):

@@ -22,7 +22,7 @@ from megatron_rpp.model.build import build_empty
 from megatron_rpp.model.hf_config import HFConfig
 from megatron_rpp.model.hf_mapping import family_of
 from megatron_rpp.model.hf_mapping.table import Rule
-from megatron_rpp.model.hf_mapping.transforms import Direct, Shard, Vocab
+from megatron_rpp.model.hf_mapping.transforms import Shard
 from megatron_rpp.model.shards import sharded_parameters
 from megatron_rpp.parallel import bootstrap
 
@@ -57,8 +57,6 @@ class Slot:
 
     def hf_tensors(self, value: Tensor) -> dict[str, Tensor]:
         """The HF tensors of the parameter `value` [shape]; views of it where they can be."""
-        if isinstance(self.rule.transform, Direct | Vocab):
-            return {self.hf_names[0]: value}  # TP 1 and no padding; `merge` would copy it
         return dict(zip(self.hf_names, self.rule.transform.merge([value], self.dim, self.hf), strict=True))
 
     def pieces(self, value: Tensor) -> list[Piece]:

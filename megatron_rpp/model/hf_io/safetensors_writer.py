@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_rpp.model.hf_io.chunked_file import ChunkedFile
 from megatron_rpp.model.hf_io.safetensors_reader import DTYPES, METADATA
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -83,7 +84,7 @@ def write_file(
     header = _header(entries)
     partial = f"{path}.tmp"
     try:
-        with open(partial, "wb", buffering=0) as file:
+        with ChunkedFile(partial, "wb") as file:
             _write(file, header)
             stream = iter(tensors)
             for entry in entries:
@@ -142,11 +143,8 @@ def _write_next(file: FileIO, entry: Entry, tensors: Iterator[tuple[str, Tensor]
 
 
 def _write(file: FileIO, data: bytes | memoryview) -> None:
-    """All of it: one call of the system writes at most 2 GiB."""
-    rest = memoryview(data)
     with _naming(file):
-        while rest.nbytes:
-            rest = rest[file.write(rest) :]
+        file.write(data)
 
 
 @contextmanager

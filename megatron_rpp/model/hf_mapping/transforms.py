@@ -42,7 +42,7 @@ class Direct:
         return full if shard.dim is None else shard.of(full)
 
     def merge(self, shards: Sequence[Tensor], dim: int | None, model: HFConfig) -> list[Tensor]:
-        return [shards[0] if dim is None else torch.cat(list(shards), dim)]
+        return [shards[0] if dim is None else _joined(shards, dim)]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Vocab:
         return torch.cat([own, full.new_zeros(shard.rows - own.shape[0], full.shape[1])])
 
     def merge(self, shards: Sequence[Tensor], dim: int | None, model: HFConfig) -> list[Tensor]:
-        return [torch.cat(list(shards))[: model.vocab_size]]
+        return [_joined(shards)[: model.vocab_size]]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class GateUp:
 
     def merge(self, shards: Sequence[Tensor], dim: int | None, model: HFConfig) -> list[Tensor]:
         halves = [shard.chunk(2) for shard in shards]
-        return [torch.cat([half[part] for half in halves]) for part in (0, 1)]
+        return [_joined([half[part] for half in halves]) for part in (0, 1)]
 
     def _width(self, model: HFConfig) -> int:
         if self.of == "dense":
@@ -108,9 +108,14 @@ class QKV:
 
     def merge(self, shards: Sequence[Tensor], dim: int | None, model: HFConfig) -> list[Tensor]:
         queries = model.num_attention_heads // model.num_query_groups * model.head_dim
-        per_group = torch.cat(list(shards)).unflatten(0, (model.num_query_groups, -1))
+        per_group = _joined(shards).unflatten(0, (model.num_query_groups, -1))
         parts = per_group.split([queries, model.head_dim, model.head_dim], dim=1)
         return [part.flatten(0, 1) for part in parts]
+
+
+def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """All of them in one; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _require_rows(hf: Sequence[Tensor], wanted: Sequence[int]) -> None:
