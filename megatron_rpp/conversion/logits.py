@@ -12,11 +12,11 @@ from torch import Tensor
 
 from megatron_rpp.config.schema import Config
 from megatron_rpp.engine.pipeline import run_pipeline
+from megatron_rpp.engine.score import logits_head
 from megatron_rpp.experience.types import ExperienceBatch
 from megatron_rpp.model.build import build_model
 from megatron_rpp.model.load_megatron import is_megatron_directory
 from megatron_rpp.parallel import bootstrap
-from megatron_rpp.parallel.collectives import gather_shards
 from megatron_rpp.parallel.context import ParallelContext
 
 ROWS, WIDTH, SEED = 4, 48, 0
@@ -53,19 +53,12 @@ def _tell(config: Config, path: str, difference: float, atol: float) -> None:
 def _megatron_logits(config: Config, parallel: ParallelContext) -> tuple[Tensor, Tensor]:
     """tokens [ROWS, WIDTH] and logits [ROWS, WIDTH, V], on every rank."""
     model = build_model(config, parallel, path=config.model.path)
-
-    def whole_logits(logits: Tensor, micro: ExperienceBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        whole = torch.cat(gather_shards(logits, parallel.tp_group), dim=-1)[..., : model.hf.vocab_size]
-        if (cap := model.hf.logits_softcap) is not None:  # heads apply it, not the model
-            whole = cap * torch.tanh(whole / cap)
-        return logits.new_zeros(()), {"logits": whole}
-
     generator = torch.Generator().manual_seed(SEED)
     tokens = torch.randint(model.hf.vocab_size, (ROWS, WIDTH), generator=generator).to(parallel.device)
     empty = torch.zeros(ROWS, WIDTH, device=parallel.device)
     batch = ExperienceBatch(tokens, empty, empty, empty[:, 0], tokens[:, 0])
     with torch.no_grad():
-        found = run_pipeline(model, batch, whole_logits, micro_batch_size=ROWS, forward_only=True)
+        found = run_pipeline(model, batch, logits_head(model), micro_batch_size=ROWS, forward_only=True)
     return tokens, found["logits"]
 
 

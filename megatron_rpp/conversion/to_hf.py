@@ -83,7 +83,6 @@ def _config_from(asked: ToHF) -> Path:
         if asked.hf:
             raise ValueError(f"--hf {asked.hf} must be a Hugging Face directory; it holds no config.json")
         raise ValueError(
-            f"{asked.source} holds no config.json; pass --hf DIR, the Hugging Face "
-            "directory that the run started from"
+            f"{asked.source} holds no config.json; pass --hf DIR, the Hugging Face directory that the run started from"
         )
     return folder

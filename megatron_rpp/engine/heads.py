@@ -16,6 +16,7 @@ from megatron_rpp.algorithm.loss import policy_loss
 from megatron_rpp.algorithm.masked import masked_sum
 from megatron_rpp.config.schema import AlgorithmConfig
 from megatron_rpp.experience.types import ExperienceBatch
+from megatron_rpp.parallel.collectives import gather_shards
 from megatron_rpp.parallel.vocab_logprobs import vocab_parallel_logprobs
 
 
@@ -23,6 +24,21 @@ class Head(Protocol):
     """logits [b, S, V / tp_size] and their microbatch -> (loss, named outputs). The loss may have no gradient."""
 
     def __call__(self, logits: Tensor, micro: ExperienceBatch) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class LogitsHead:
+    """The logits [b, S, V] of every position, whole on every TP rank: for comparisons on small models."""
+
+    vocab_size: int
+    tp_group: ProcessGroup
+    softcap: float | None = None  # the model's own, of its logits
+
+    def __call__(self, logits: Tensor, micro: ExperienceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        whole = torch.cat(gather_shards(logits, self.tp_group), dim=-1)[..., : self.vocab_size]
+        if self.softcap is not None:
+            whole = self.softcap * torch.tanh(whole / self.softcap)
+        return logits.new_zeros(()), {"logits": whole}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from megatron_rpp.config.schema import Config
-from megatron_rpp.engine.heads import LogprobHead
+from megatron_rpp.engine.heads import LogitsHead, LogprobHead
 from megatron_rpp.engine.pipeline import run_pipeline
 from megatron_rpp.experience.types import ExperienceBatch
 from megatron_rpp.model.build import Model
@@ -24,6 +24,11 @@ def score(batch: ExperienceBatch, policy: Model, reference: Model | None, config
         entropy=of_policy["entropy"][:, :width],
         ref_logprobs=of_reference,
     )
+
+
+def logits_head(model: Model) -> LogitsHead:
+    """Whole logits of `model`, as its authors define them."""
+    return LogitsHead(model.hf.vocab_size, model.parallel.tp_group, model.hf.logits_softcap)
 
 
 def logprob_head(model: Model, config: Config, temperature: float) -> LogprobHead:

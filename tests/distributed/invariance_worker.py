@@ -18,7 +18,7 @@ from megatron_rpp.engine.advantages import ShapingState, add_advantages
 from megatron_rpp.engine.heads import PolicyHead
 from megatron_rpp.engine.optimizer import make_trainable
 from megatron_rpp.engine.pipeline import run_pipeline
-from megatron_rpp.engine.score import logprob_head, score
+from megatron_rpp.engine.score import logits_head, logprob_head, score
 from megatron_rpp.engine.train_step import global_counts
 from megatron_rpp.experience.types import ExperienceBatch
 from megatron_rpp.model.build import Model, build_model
@@ -85,6 +85,12 @@ def run_case(config: Config, parallel: ParallelContext, out: Path, family: str) 
     batch = own_rows(parallel)
     scored = score(batch, policy, reference, config)
     logprobs = {"policy_logprobs": scored.old_logprobs, "ref_logprobs": scored.ref_logprobs}
+    micro = config.train.micro_batch_size
+    with torch.no_grad():
+        found = run_pipeline(policy, batch, logits_head(policy), micro_batch_size=micro, forward_only=True)
+    if parallel.is_replica_leader:
+        logits = F.pad(found["logits"][:, :WIDTH], (0, 0, 0, max(0, WIDTH - found["logits"].shape[1])))
+        torch.save(logits, out / f"{family}-logits-replica{parallel.dp_rank}.pt")
     chosen = algorithms() if family == "llama" else {"paper": AlgorithmConfig()}
     for name, algorithm in chosen.items():
         result, gradients = train_once(replace(config, algorithm=algorithm), parallel, policy, batch)

@@ -37,6 +37,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[tuple[st
         run_on(layout, "invariance_worker", {"models": fitting, "out": str(out), "micro_batch_size": size}, out)
         found[name] = {case: _merge(out, "-".join(case)) for case in CASES if case[0] in fitting}
         found[name] |= {(family, "weights"): _stages(out, f"{family}-weights") for family in fitting}
+        found[name] |= {(family, "logits"): {"logits": _replicas(out, f"{family}-logits")} for family in fitting}
         found[name] |= {(family, "saved"): {"path": out / f"{family}-saved"} for family in fitting}
     return found
 
@@ -51,6 +52,11 @@ def _merge(out: Path, case: str) -> Result:
     row_names = ("advantages", "policy_logprobs", "ref_logprobs")
     rows = {k: torch.stack([r[k] for r in replicas], 1).flatten(0, 1) for k in row_names}
     return {"sums": replicas[0]["sums"], "gradients": _stages(out, case), **rows}
+
+
+def _replicas(out: Path, case: str) -> Tensor:
+    """Rows are dealt to replicas in turn."""
+    return torch.stack([torch.load(p) for p in sorted(out.glob(f"{case}-replica*.pt"))], 1).flatten(0, 1)
 
 
 def _stages(out: Path, case: str) -> dict[str, Tensor]:
@@ -83,16 +89,33 @@ def test_a_directory_saved_on_a_layout_of_experts_is_the_checkpoint(
     assert all(torch.equal(saved.read(name), tensor) for name, tensor in stored.items())
 
 
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """Family -> transformers' logits [ROWS, WIDTH, V] of the fixed batch."""
+    root, found = tmp_path_factory.mktemp("transformers"), {}
+    for family in FAMILY_NAMES:
+        # Of transformers' attentions, sdpa forgets soft caps without a word.
+        model = AutoModelForCausalLM.from_pretrained(save_tiny(family, root), attn_implementation="eager")
+        with torch.no_grad():
+            found[family] = model(fixed_batch().tokens).logits
+    return found
+
+
+@pytest.mark.parametrize(("split", "family"), [(split, f) for f in FAMILY_NAMES for split in layouts_of(f)])
+def test_logits_on_a_layout_are_those_of_transformers(
+    results: dict[str, dict[tuple[str, str], Result]], theirs: dict[str, Tensor], split: str, family: str
+) -> None:
+    predict = fixed_batch().loss_mask[:, 1:] > 0  # a replica is as wide as its own rows
+    difference = (results[split][family, "logits"]["logits"] - theirs[family])[:, :-1][predict]
+    assert difference.abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_policy_logprobs_are_those_of_transformers(
-    results: dict[str, dict[tuple[str, str], Result]], family: str, tmp_path: Path
+    results: dict[str, dict[tuple[str, str], Result]], theirs: dict[str, Tensor], family: str
 ) -> None:
     """All layouts agreeing on the wrong rotary base, norm or head order would not show above."""
-    # Of transformers' attentions, sdpa forgets soft caps without a word.
-    path = save_tiny(family, tmp_path)
-    batch, model = fixed_batch(), AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
-    with torch.no_grad():
-        logprobs = model(batch.tokens).logits.double().log_softmax(-1)
+    batch, logprobs = fixed_batch(), theirs[family].double().log_softmax(-1)
     expected = logprobs[:, :-1].gather(-1, batch.tokens[:, 1:, None])[..., 0] * batch.loss_mask[:, 1:]
     found = results[BASELINE][family, "paper"]["policy_logprobs"][:, 1:]
     assert (found - expected).abs().max() < 1e-5

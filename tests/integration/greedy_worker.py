@@ -8,23 +8,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_rpp.config.schema import Config, ModelConfig, ParallelConfig
 from megatron_rpp.engine.pipeline import run_pipeline
+from megatron_rpp.engine.score import logits_head
 from megatron_rpp.experience.types import ExperienceBatch
 from megatron_rpp.model.build import Model, build_model
 from megatron_rpp.parallel import bootstrap
-from megatron_rpp.parallel.collectives import gather_shards
 
 
 def greedy(model: Model, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
     """The most probable continuations; each token costs a forward pass over everything before it."""
-
-    def best(logits: Tensor, micro: ExperienceBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        whole = torch.cat(gather_shards(logits, model.parallel.tp_group), dim=-1)[..., : model.hf.vocab_size]
-        return logits.new_zeros(()), {"best": whole.argmax(-1)}
-
     texts = [list(prompt) for prompt in prompts]
     for _ in range(new_tokens):
         width = max(map(len, texts))
@@ -32,9 +26,9 @@ def greedy(model: Model, prompts: list[list[int]], new_tokens: int) -> list[list
         empty = torch.zeros(tokens.shape)
         batch = ExperienceBatch(tokens, empty, empty, empty[:, 0], tokens[:, 0])
         with torch.no_grad():
-            out = run_pipeline(model, batch, best, micro_batch_size=len(texts), forward_only=True)["best"]
+            found = run_pipeline(model, batch, logits_head(model), micro_batch_size=len(texts), forward_only=True)
         for row, text in enumerate(texts):
-            text.append(int(out[row, len(text) - 1]))
+            text.append(int(found["logits"][row, len(text) - 1].argmax()))
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
