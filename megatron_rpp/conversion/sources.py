@@ -49,6 +49,10 @@ class HFSource:
     def read(self, name: str) -> Tensor:
         return self._files.read(name)
 
+    def repeats(self, name: str, of: str) -> bool:
+        """Whether there is a tensor `name`, and it is a copy of `of`."""
+        return name in self.tensors and self._files.is_copy(name, of)
+
 
 class MegatronSource:
     """A Megatron directory, converted as it is read; holds the tensors of one parameter."""
@@ -88,8 +92,8 @@ def open_source(path: str, config_from: str) -> Source:
     if is_megatron_directory(path):
         return MegatronSource(path, build_skeleton(stored_mtp(hf, MegatronTensors(path).tensors)))
     source = HFSource(path)
-    if hf.tied_embeddings:
-        source.tensors.pop("lm_head.weight", None)  # a copy that some save; transformers does not read it
+    if hf.tied_embeddings and source.repeats("lm_head.weight", "model.embed_tokens.weight"):
+        source.tensors.pop("lm_head.weight")  # some save it; it is no tensor of its own
     return source
 
 

@@ -23,6 +23,7 @@ from megatron_rpp.model.hf_io.model_files import copied_bytes, copy_model_files
 from megatron_rpp.model.hf_io.tensors import HFTensors
 from megatron_rpp.model.hf_mapping import read_hf_config
 from megatron_rpp.model.hf_mapping.mtp import stored_mtp, without_mtp
+from megatron_rpp.model.load_hf import require_tied
 from megatron_rpp.model.load_megatron import is_megatron_directory
 from megatron_rpp.model.mtp_export import told_mtp
 
@@ -73,6 +74,7 @@ def convert_to_megatron(asked: ToMegatron) -> None:
     hf = stored_mtp(hf, tensors.names)
     skeleton = build_skeleton(hf if asked.mtp == "keep" else without_mtp(hf))
     require_complete(tensors, skeleton, hf)
+    require_tied(tensors, hf)
     dtypes = _dtypes(tensors, skeleton, dtype)
     boxes = plan_boxes(skeleton, asked.tensor, lambda slot: dtypes[slot.keys[0]])
     total = sum(box.nbytes for box in boxes)

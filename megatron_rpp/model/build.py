@@ -15,6 +15,7 @@ from megatron_rpp.model.hf_config import HFConfig
 from megatron_rpp.model.hf_mapping import read_hf_config
 from megatron_rpp.model.hf_mapping.mtp import without_mtp
 from megatron_rpp.model.layer_spec import block_spec, mtp_spec, resolve_layer_spec
+from megatron_rpp.model.layers.mla import set_latent_epsilon
 from megatron_rpp.model.layers.rotary import install_rotary
 from megatron_rpp.model.load_hf import load_hf_weights
 from megatron_rpp.model.load_megatron import is_megatron_directory, load_megatron_weights
@@ -97,6 +98,7 @@ def _build_chunk(
         vp_stage=vp_stage,
     ).to(device.current())
     install_rotary(model, hf)
+    set_latent_epsilon(model)
     if hf.embedding_scale != 1.0 and model.pre_process:
         # Rounded to the activations' type, as transformers does: 55.4256 is 55.5 in bfloat16.
         scale = torch.tensor(hf.embedding_scale, dtype=transformer.params_dtype).item()

@@ -31,7 +31,7 @@ def check_lengths(config: Config, hf: HFConfig) -> None:
 
 
 def check_split(parallel: ParallelConfig, hf: HFConfig) -> None:
-    """The model divides over tensor and pipeline ranks. Raises ConfigError."""
+    """The model divides over tensor, pipeline and expert ranks, as those are set. Raises ConfigError."""
     if parallel.sequence and parallel.tensor == 1:
         raise ConfigError("parallel.sequence=true must go with parallel.tensor above 1")
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
@@ -81,12 +81,16 @@ def _check_stages(parallel: ParallelConfig, layers: int) -> None:
             "parallel.first_stage_layers and parallel.last_stage_layers must go with parallel.pipeline above 1"
         )
     others, left = parallel.pipeline - len(ends), layers - sum(ends)
-    if left % others if others else left:
+    if ends and (left < others or (left and not others)):
+        asked = f"parallel.first_stage_layers={parallel.first_stage_layers} and parallel.last_stage_layers="
+        room = f"must leave at least a layer for each of the {others} other stages" if others else "must be all"
+        raise ConfigError(f"{asked}{parallel.last_stage_layers} {room} of num_hidden_layers={layers}")
+    if others and left % others:
         stages = f"parallel.pipeline={parallel.pipeline}" + (f" less {len(ends)}" if ends else "")
         counted = f"num_hidden_layers={layers}" + (f" less {sum(ends)}" if ends else "")
         raise ConfigError(f"{stages} must divide {counted}")
     for held in {*ends, *([left // others] if others else [])}:
-        if not held or held % parallel.virtual_pipeline:
+        if held % parallel.virtual_pipeline:
             raise ConfigError(
                 f"parallel.virtual_pipeline={parallel.virtual_pipeline} must divide the {held} layers of each stage "
                 f"(num_hidden_layers={layers}, parallel.pipeline={parallel.pipeline})"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_rpp.config.errors import ConfigError
 
+_ROPE_ALWAYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_ROPE_OPTIONAL = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "attn_factor", "truncate"}
 _ROPE_KEYS = {  # what each kind of scaling cannot be computed without
     "default": (),
     "linear": ("factor",),
@@ -131,6 +133,27 @@ class RawConfig:
             raise self.error(f"{key}={value}; it must be a positive whole number")
         return value
 
+    def count(self, key: str, default: int) -> int:
+        """A whole number of at least 0. Raises ConfigError for anything else."""
+        value = self.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise self.error(f"{key}={value}; it must be a whole number of at least 0")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """A number above 0. Raises ConfigError for anything else."""
+        value = self.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+            raise self.error(f"{key}={value!r}; it must be a number above 0")
+        return float(value)
+
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        """A JSON object, empty where it is absent. Raises ConfigError for anything else."""
+        value = self.get(key, {})
+        if not isinstance(value, dict):
+            raise self.error(f"{key}={value!r}; it must be a JSON object")
+        return value
+
     def require(self, key: str, supported: Any, *, default: Any) -> None:
         """Raises ConfigError where `key` is not the one value that this package runs."""
         if (value := self.get(key, default)) != supported:
@@ -145,8 +168,15 @@ class RawConfig:
         return ConfigError(f"{self._where} has architecture {self.architecture}; it must be one of: {known}")
 
 
-def read_dense(raw: RawConfig, *, kv_heads: int | None = None, head_dim: int | None = None) -> HFConfig:
-    """What all families write alike. `kv_heads` and `head_dim` are what transformers assumes where they are absent."""
+def read_dense(
+    raw: RawConfig,
+    *,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    rope_theta: float = 10_000.0,
+    rope_fraction: float | None = None,
+) -> HFConfig:
+    """What all families write alike. The keywords are what transformers assumes where config.json is silent."""
     heads = raw.size("num_attention_heads")
     hidden = raw.size("hidden_size")
     return HFConfig(
@@ -158,33 +188,48 @@ def read_dense(raw: RawConfig, *, kv_heads: int | None = None, head_dim: int | N
         num_query_groups=raw.size("num_key_value_heads", kv_heads or heads),
         head_dim=raw.size("head_dim", head_dim or hidden // heads),
         vocab_size=raw.size("vocab_size"),
-        norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope=read_rope(raw),
+        norm_eps=raw.number("rms_norm_eps", 1e-6),
+        rope=read_rope(raw, fraction=rope_fraction, theta=rope_theta),
         max_position_embeddings=raw.size("max_position_embeddings", 2048),
         tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
     )
 
 
-def read_rope(raw: RawConfig, *, fraction: float = 1.0, theta: float = 10_000.0) -> Rope:
-    """`rope_parameters` of transformers 5, or rope_theta and rope_scaling of transformers 4; with defaults."""
-    values = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    return rope_from(
-        raw,
-        {
-            "rope_theta": raw.get("rope_theta", theta),
-            "partial_rotary_factor": raw.get("partial_rotary_factor", fraction),
-            **values,
-        },
-    )
+def with_window(hf: HFConfig, raw: RawConfig, *, default: int | None) -> HFConfig:
+    """`hf` with a sliding window in every layer; null in config.json means none, `default` is of an absent key."""
+    silent = "sliding_window" not in raw
+    if raw.get("sliding_window") is None and not (silent and default):
+        return hf
+    return replace(hf, sliding_window=raw.size("sliding_window", default), sliding_layers=(True,) * hf.num_layers)
+
+
+def read_rope(raw: RawConfig, *, fraction: float | None = None, theta: float = 10_000.0) -> Rope:
+    """`rope_parameters` of transformers 5, or rope_theta and rope_scaling of transformers 4; with defaults.
+
+    fraction: of a head that is rotated, where config.json does not say; None: it must not say other than 1.
+    """
+    stated = raw.mapping("rope_parameters") or raw.mapping("rope_scaling")
+    base = {"rope_theta": raw.number("rope_theta", theta)}
+    values = {**base, "partial_rotary_factor": raw.number("partial_rotary_factor", fraction or 1.0), **stated}
+    if fraction is None and values["partial_rotary_factor"] != 1.0:
+        raise raw.error(f"partial_rotary_factor={values['partial_rotary_factor']}, which is not supported here")
+    return rope_from(raw, values)
 
 
 def rope_from(raw: RawConfig, values: Mapping[str, Any]) -> Rope:
-    """One layer kind's rope_parameters. Raises ConfigError for a scaling that depends on the length of the input."""
+    """One layer kind's rope_parameters. Raises ConfigError for a scaling that cannot be computed as it is meant."""
     kind = values.get("rope_type", values.get("type", "default"))
     if kind not in _ROPE_KEYS:
         raise raw.error(f"rope_type={kind!r}, which is not supported; only {', '.join(_ROPE_KEYS)} are")
-    for key in _ROPE_KEYS[kind]:
+    for key in ("rope_theta", "partial_rotary_factor", *_ROPE_KEYS[kind]):
         if not isinstance(values.get(key), int | float):
             raise raw.error(f"{key}={values.get(key)!r} beside rope_type={kind!r}; it must be a number")
-    scaling = None if kind == "default" else {**values, "rope_type": kind}
+    if kind == "default":
+        return Rope(float(values["rope_theta"]), float(values["partial_rotary_factor"]))
+    known = _ROPE_ALWAYS.union(_ROPE_KEYS[kind], _ROPE_OPTIONAL if kind == "yarn" else ())
+    for key in values.keys() - known:
+        raise raw.error(f"{key}={values[key]!r} beside rope_type={kind!r}, which is not supported")
+    if kind == "yarn" and values["partial_rotary_factor"] != 1.0:
+        raise raw.error("rope_type='yarn' with partly rotated heads, which is not supported")
+    scaling = {**values, "rope_type": kind}
     return Rope(float(values["rope_theta"]), float(values["partial_rotary_factor"]), scaling=scaling)

@@ -37,6 +37,8 @@ def load_hf_weights(
     tensors.require_no_others(family_of(hf).hf_names(hf))
     hf = hf if mtp == "keep" else without_mtp(hf)
     family = family_of(hf)
+    if parallel.tp_group.rank() == 0 and getattr(chunks[0], "pre_process", True):
+        require_tied(tensors, hf)
     for item in sharded_parameters(chunks):
         # A tied model has no lm_head: the last stage's copy is the embedding.
         name = "embedding.word_embeddings.weight" if item.is_tied_copy else item.name
@@ -54,3 +56,16 @@ def load_hf_weights(
             raise ValueError(f"{path}: {found} do not fit its config.json: {error}") from error
         with torch.no_grad():
             item.parameter.copy_(value)
+
+
+def require_tied(tensors: HFTensors, hf: HFConfig) -> None:
+    """ValueError where `hf` is tied and the directory stores output weights that are not the embedding.
+
+    A copy is common. transformers leaves such a model untied; a Megatron model could not give them back.
+    """
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if hf.tied_embeddings and head in tensors.names and not tensors.is_copy(head, embedding):
+        raise ValueError(
+            f"{tensors.path / tensors.file_of(head)}: {head} differs from {embedding}, though config.json says "
+            "tie_word_embeddings=true; set that to false, or remove the tensor"
+        )

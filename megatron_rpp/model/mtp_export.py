@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -14,15 +14,20 @@ from megatron_rpp.model.load_megatron import is_megatron_directory
 
 
 def with_mtp_layers(
-    source: str, mtp: str, tensors: Iterator[tuple[str, Tensor]], is_last_stage: bool
+    source: str,
+    mtp: str,
+    tensors: Iterator[tuple[str, Tensor]],
+    is_last_stage: bool,
+    read: Callable[[HFTensors, str], Tensor] = HFTensors.read,
 ) -> Iterator[tuple[str, Tensor]]:
     """A pipeline stage's `tensors` by HF name, and on the last stage the MTP layers of the directory `source`.
 
     mtp: `drop` leaves these out. Copies of the embedding and the output weights follow what they repeat.
-    A Megatron directory gives none. Raises ValueError where `source` can no longer be read.
+    A Megatron directory gives none. `read` gives a tensor of the source. Raises ValueError where it no
+    longer can be read.
     """
     hf = read_hf_config(source)
-    if mtp == "drop" or not hf.num_mtp_layers or is_megatron_directory(source):
+    if mtp == "drop" or is_megatron_directory(source):
         yield from tensors
         return
     files = HFTensors(source, allow_pickle=True)  # if there are pickles alone, the run was allowed to start from them
@@ -32,7 +37,7 @@ def with_mtp_layers(
         yield name, tensor
         yield from ((copy, tensor) for copy, main in copies.items() if main == name)
     if is_last_stage:
-        yield from ((name, files.read(name)) for name in files.names if is_mtp(name, hf) and name not in copies)
+        yield from ((name, read(files, name)) for name in files.names if is_mtp(name, hf) and name not in copies)
 
 
 def mtp_changes(source: str, names: Collection[str]) -> dict[str, Any]:

@@ -6,10 +6,14 @@ import shutil
 from collections import deque
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from megatron_rpp.model.build import Model
 from megatron_rpp.model.export_hf import empty_hf_tensors, entries_of, hf_tensors, takes_part_in_export
 from megatron_rpp.model.hf_io.model_files import copy_model_files
 from megatron_rpp.model.hf_io.safetensors_writer import Entry, name_files, split_entries, write_file, write_index
+from megatron_rpp.model.hf_io.tensors import HFTensors
 from megatron_rpp.model.mtp_export import mtp_changes, with_mtp_layers
 from megatron_rpp.parallel.collectives import gather_errors, gather_objects, on_rank_0
 
@@ -50,7 +54,8 @@ def _plan(model: Model, source: str, mtp: str) -> tuple[Files, Files]:
     error = None
     if _is_writer(model):
         try:
-            tensors = with_mtp_layers(source, mtp, empty_hf_tensors(model), model.parallel.is_last_stage)
+            stage = empty_hf_tensors(model)
+            tensors = with_mtp_layers(source, mtp, stage, model.parallel.is_last_stage, read=_empty)
             runs = split_entries(entries_of(tensors), FILE_BYTES)
         except (OSError, ValueError) as caught:
             error = str(caught)
@@ -77,6 +82,10 @@ def _write(model: Model, source: str, mtp: str, folder: Path, own: Files) -> Non
         deque(gathered, maxlen=0)
     if failed := gather_errors(error):
         raise OSError(failed)
+
+
+def _empty(files: HFTensors, name: str) -> Tensor:
+    return torch.empty(files.shape(name), dtype=files.dtype(name), device="meta")
 
 
 def _is_writer(model: Model) -> bool:

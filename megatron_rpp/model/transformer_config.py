@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from megatron_rpp import device
-from megatron_rpp.config.schema import Config
+from megatron_rpp.config.schema import Config, ParallelConfig
 from megatron_rpp.model.hf_config import HFConfig
 from megatron_rpp.model.layer_spec import resolve_layer_spec
 from megatron_rpp.model.layers.rotary import attention_scale
@@ -45,14 +47,6 @@ def transformer_config(hf: HFConfig, config: Config) -> TransformerConfig:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        tensor_model_parallel_size=config.parallel.tensor,
-        pipeline_model_parallel_size=config.parallel.pipeline,
-        virtual_pipeline_model_parallel_size=(
-            config.parallel.virtual_pipeline if config.parallel.virtual_pipeline > 1 else None
-        ),
-        num_layers_in_first_pipeline_stage=config.parallel.first_stage_layers or None,
-        num_layers_in_last_pipeline_stage=config.parallel.last_stage_layers or None,
-        sequence_parallel=config.parallel.sequence,
         calculate_per_token_loss=True,  # see engine/loss_scale.py
         use_cpu_initialization=not device.has_cuda(),
         gradient_accumulation_fusion=False,  # raises without apex, even with Transformer Engine
@@ -63,9 +57,22 @@ def transformer_config(hf: HFConfig, config: Config) -> TransformerConfig:
         apply_rope_fusion=False,
         batch_p2p_comm=device.has_cuda(),  # gloo pairs isend and irecv by order only
         mtp_num_layers=hf.num_mtp_layers or None,
+        **_split_settings(config.parallel),
         **moe_settings(hf, config.parallel, layer_spec),
         **mla_settings(hf, config.parallel, layer_spec),
     )
+
+
+def _split_settings(parallel: ParallelConfig) -> dict[str, Any]:
+    """Over tensor and pipeline ranks; experts are moe_settings'."""
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        "num_layers_in_first_pipeline_stage": parallel.first_stage_layers or None,
+        "num_layers_in_last_pipeline_stage": parallel.last_stage_layers or None,
+        "sequence_parallel": parallel.sequence,
+    }
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:

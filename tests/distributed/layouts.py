@@ -20,10 +20,12 @@ LAYOUTS = {
     "pp2_vpp2": ParallelConfig(pipeline=2, virtual_pipeline=2),
     "dp2_distributed_optimizer": ParallelConfig(data=2),
     "tp2_pp2": ParallelConfig(tensor=2, pipeline=2),
+    "pp3_first2": ParallelConfig(pipeline=3, first_stage_layers=2),
 }
 EXPERT_LAYOUTS = {  # for families with experts
     "dp2_ep2": ParallelConfig(data=2, expert=2),
     "tp2_sp_ep2": ParallelConfig(tensor=2, sequence=True, expert=2),
+    "pp2_dp2_ep2": ParallelConfig(pipeline=2, data=2, expert=2),
     "tp2_sp_etp2": ParallelConfig(tensor=2, sequence=True, expert_tensor=2),
     "tp2_sp_dp2_ep4": ParallelConfig(tensor=2, sequence=True, data=2, expert=4),
     "dp4_ep2_etp2": ParallelConfig(data=4, expert=2, expert_tensor=2),

@@ -18,7 +18,7 @@ FAMILIES = ("deepseek_v3", "glm4_moe")
 
 
 @pytest.mark.parametrize("layout", ["pp2_vpp2", "tp2_sp_ep2"])
-def test_mtp_layers_are_no_part_of_training_and_are_saved_with_the_policy(layout: str, tmp_path: Path) -> None:
+def test_mtp_layers_are_saved_with_a_policy_that_does_not_hold_them(layout: str, tmp_path: Path) -> None:
     """Embedding and output weights may be on two stages, each of which has a copy to write."""
     models = {family: save_tiny(family, tmp_path) for family in FAMILIES}
     for path in models.values():

@@ -76,9 +76,14 @@ class HFTensors:
         scale = self._scale_of[name]
         return dequantize(value, self._files[scale].read(scale), self.dequantized_dtype, self._block)
 
-    def require_no_others(self, expected: Collection[str], optional: Collection[str] = ()) -> None:
-        """ValueError where the directory holds a tensor that is neither expected nor optional."""
-        others = sorted(set(self.names) - set(expected) - set(optional))
+    def is_copy(self, name: str, of: str) -> bool:
+        """Whether `name` holds what the tensor `of` does. ValueError where the directory lacks one."""
+        first, second = self.read(of), self.read(name)
+        return first.shape == second.shape and torch.equal(first, second)
+
+    def require_no_others(self, expected: Collection[str]) -> None:
+        """ValueError where the directory holds a tensor that is not expected."""
+        others = sorted(set(self.names) - set(expected))
         others = [name for name in others if not name.endswith(_COMPUTED)]
         if others:
             shown = ", ".join(f"{name} in {self.file_of(name)}" for name in others[:_SHOWN])

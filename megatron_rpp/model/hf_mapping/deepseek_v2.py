@@ -7,7 +7,7 @@ from dataclasses import replace
 from megatron_rpp.model.hf_config import HFConfig, MoE, RawConfig
 from megatron_rpp.model.hf_mapping import llama
 from megatron_rpp.model.hf_mapping.mla_rules import MLA_RULES, read_mla
-from megatron_rpp.model.hf_mapping.moe_reading import checked, num_experts
+from megatron_rpp.model.hf_mapping.moe_reading import checked, num_experts, num_shared_experts
 from megatron_rpp.model.hf_mapping.moe_rules import SHARED_EXPERTS, expert_rules
 from megatron_rpp.model.hf_mapping.table import Family, with_rules
 
@@ -20,15 +20,15 @@ def read(raw: RawConfig) -> HFConfig:
     raw.require("scoring_func", "softmax", default="softmax")
     raw.require("moe_layer_freq", 1, default=1)
     hf = read_mla(raw, llama.read(raw))
-    expert, dense = raw.size("moe_intermediate_size", 1407), raw.get("first_k_dense_replace", 0)
+    expert, dense = raw.size("moe_intermediate_size", 1407), raw.count("first_k_dense_replace", 0)
     moe = MoE(
         num_experts=num_experts(raw),
         top_k=raw.size("num_experts_per_tok"),
         ffn_hidden_size=expert,
         layers=tuple(i >= dense for i in range(hf.num_layers)),
         normalize_top_k=False,
-        scale=float(raw.get("routed_scaling_factor", 1.0)),
-        shared_ffn_hidden_size=expert * raw.get("n_shared_experts", 2),
+        scale=raw.number("routed_scaling_factor", 1.0),
+        shared_ffn_hidden_size=expert * num_shared_experts(raw, 2),
     )
     method = raw.get("topk_method", "greedy")
     if method == "group_limited_greedy":

@@ -7,7 +7,7 @@ from dataclasses import replace
 from megatron_rpp.model.hf_config import HFConfig, MoE, RawConfig
 from megatron_rpp.model.hf_mapping import llama
 from megatron_rpp.model.hf_mapping.mla_rules import MLA_RULES, read_mla
-from megatron_rpp.model.hf_mapping.moe_reading import checked, num_experts
+from megatron_rpp.model.hf_mapping.moe_reading import checked, num_experts, num_shared_experts
 from megatron_rpp.model.hf_mapping.moe_rules import SELECTION_BIAS, SHARED_EXPERTS, expert_rules
 from megatron_rpp.model.hf_mapping.table import Family, with_rules
 
@@ -18,7 +18,7 @@ def read(raw: RawConfig) -> HFConfig:
     """The defaults are transformers'."""
     hf = replace(read_mla(raw, llama.read(raw)), max_position_embeddings=raw.size("max_position_embeddings", 4096))
     moe = read_moe(raw, hf, top_k=8, groups=(8, 4), expert=2048, dense=3, scale=2.5)
-    return checked(replace(hf, moe=moe, num_mtp_layers=raw.get("num_nextn_predict_layers", 1)), raw)
+    return checked(replace(hf, moe=moe, num_mtp_layers=raw.count("num_nextn_predict_layers", 1)), raw)
 
 
 def read_moe(
@@ -28,7 +28,7 @@ def read_moe(
     raw.require("scoring_func", "sigmoid", default="sigmoid")
     raw.require("topk_method", "noaux_tc", default="noaux_tc")
     raw.require("moe_layer_freq", 1, default=1)
-    width, first = raw.size("moe_intermediate_size", expert), raw.get("first_k_dense_replace", dense)
+    width, first = raw.size("moe_intermediate_size", expert), raw.count("first_k_dense_replace", dense)
     return MoE(
         num_experts=num_experts(raw),
         top_k=raw.size("num_experts_per_tok", top_k),
@@ -36,12 +36,12 @@ def read_moe(
         layers=tuple(i >= first for i in range(hf.num_layers)),
         score="sigmoid",
         normalize_top_k=bool(raw.get("norm_topk_prob", True)),
-        scale=float(raw.get("routed_scaling_factor", scale)),
+        scale=raw.number("routed_scaling_factor", scale),
         num_groups=raw.size("n_group", groups[0]),
         top_groups=raw.size("topk_group", groups[1]),
         group_score="top2_sum",
         selection_bias=True,
-        shared_ffn_hidden_size=width * raw.get("n_shared_experts", 1),
+        shared_ffn_hidden_size=width * num_shared_experts(raw, 1),
     )
 
 

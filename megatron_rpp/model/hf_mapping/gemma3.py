@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,12 +27,14 @@ def read(raw: RawConfig) -> HFConfig:
 
 def _rope_values(raw: RawConfig) -> dict[str, dict[str, Any]]:
     """Per kind of layer, as transformers 5 writes them; transformers 4 scales the layers with full attention only."""
-    stated: Mapping[str, Any] = raw.get("rope_parameters", {})
+    stated = raw.mapping("rope_parameters")
+    if stated.keys() - {"full_attention", "sliding_attention"}:
+        raise raw.error(f"rope_parameters={dict(stated)}; it must be of full_attention and sliding_attention apart")
     theta = {
-        "full_attention": raw.get("rope_theta", 1_000_000.0),
-        "sliding_attention": raw.get("rope_local_base_freq", 10_000.0),
+        "full_attention": raw.number("rope_theta", 1_000_000.0),
+        "sliding_attention": raw.number("rope_local_base_freq", 10_000.0),
     }
-    scaling = {"full_attention": raw.get("rope_scaling", {})}
+    scaling = {"full_attention": raw.mapping("rope_scaling")}
     return {kind: {"rope_theta": theta[kind], **(stated.get(kind) or {}), **scaling.get(kind, {})} for kind in theta}
 
 

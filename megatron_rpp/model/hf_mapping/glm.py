@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_rpp.model.hf_config import HFConfig, RawConfig, read_dense, read_rope
+from megatron_rpp.model.hf_config import HFConfig, RawConfig, read_dense
 from megatron_rpp.model.hf_mapping.llama import RULES as LLAMA_RULES
 from megatron_rpp.model.hf_mapping.qwen2 import QKV_BIAS
 from megatron_rpp.model.hf_mapping.table import Family, Rule, with_rules
@@ -30,12 +30,11 @@ GLM4_RULES = with_rules(
 def read(raw: RawConfig) -> HFConfig:
     """The defaults are transformers'."""
     raw.require("hidden_act", "silu", default="silu")
-    hf = read_dense(raw, kv_heads=2, head_dim=128)
-    rope = read_rope(raw, fraction=0.5)
+    hf = read_dense(raw, kv_heads=2, head_dim=128, rope_fraction=0.5)
     return replace(
         hf,
-        norm_eps=raw.get("rms_norm_eps", 1.5625e-07),
-        rope=replace(rope, interleaved=True),
+        norm_eps=raw.number("rms_norm_eps", 1.5625e-07),
+        rope=replace(hf.rope, interleaved=True),
         max_position_embeddings=raw.size("max_position_embeddings", 131_072),
         qkv_bias=bool(raw.get("attention_bias", True)),
         post_norms=raw.architecture == "Glm4ForCausalLM",

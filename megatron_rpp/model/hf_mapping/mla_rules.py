@@ -65,6 +65,6 @@ def _check_rope(raw: RawConfig, hf: HFConfig) -> None:
             f"mscale={mscale} and mscale_all_dim={all_dim} beside rope_type='yarn', on which DeepSeek's code and "
             "transformers disagree; both must be set, or neither"
         )
-    for key in ("attention_factor", "truncate"):
+    for key in ("attention_factor", "attn_factor", "truncate"):
         if scaling.get(key) not in (None, True):
             raise raw.error(f"{key}={scaling[key]!r} beside rope_type='yarn', which is not supported with MLA")

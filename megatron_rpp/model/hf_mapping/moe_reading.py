@@ -14,6 +14,11 @@ def num_experts(raw: RawConfig) -> int:
     return raw.size(next((key for key in _COUNTS if key in raw), _COUNTS[0]))
 
 
+def num_shared_experts(raw: RawConfig, absent: int) -> int:
+    """0 where config.json says null, as the models' authors mean it; `absent` where it is silent."""
+    return raw.count("n_shared_experts", 0 if "n_shared_experts" in raw else absent)
+
+
 def checked(hf: HFConfig, raw: RawConfig) -> HFConfig:
     """`hf`, without its experts where no layer has any. Raises ConfigError for a router that Megatron has not."""
     assert hf.moe is not None
@@ -29,13 +34,13 @@ def checked(hf: HFConfig, raw: RawConfig) -> HFConfig:
 def _router_error(moe: MoE) -> str | None:
     """Why Megatron would choose or weigh experts differently from the model's authors; None if it does not.
 
-    `topk_routing_with_score_function` always normalizes sigmoid scores. How groups of experts are scored is
-    model/layers/router.py's.
+    `topk_routing_with_score_function` normalizes sigmoid scores of several experts, never of one. How groups
+    of experts are scored is model/layers/router.py's.
     """
     if moe.score == "sigmoid" and not moe.normalize_top_k and moe.top_k > 1:
         return "sigmoid scores of experts that are not normalized (norm_topk_prob=false)"
-    if moe.score == "softmax" and moe.normalize_top_k and moe.top_k == 1:
-        return "a normalized softmax score of a single expert (num_experts_per_tok=1)"
+    if moe.normalize_top_k and moe.top_k == 1:
+        return "a normalized score of a single expert (num_experts_per_tok=1)"
     if moe.score == "softmax" and moe.selection_bias:
         return "a selection bias on softmax scores of experts"
     if moe.top_groups >= moe.num_groups:

@@ -59,8 +59,10 @@ def mtp_copies(hf: HFConfig) -> dict[str, str]:
 
 def stored_mtp(hf: HFConfig, names: Collection[str]) -> HFConfig:
     """`hf` with the MTP layers of config.json that a directory holds; `names` are Hugging Face's or Megatron's."""
-    held = [k for k in range(hf.num_mtp_layers) if any(n.startswith((_hf_prefix(hf, k), MEGATRON_KEY)) for n in names)]
-    hf = replace(hf, num_mtp_layers=len(held))
+    held = 0  # config.json may claim more than there are, or deny them
+    while any(n.startswith((f"{_hf_prefix(hf, held)}eh_proj.", f"{MEGATRON_KEY}{held}.")) for n in names):
+        held += 1
+    hf = replace(hf, num_mtp_layers=held)
     if any(name.startswith(MEGATRON_KEY) for name in names):
         return hf
     return replace(hf, mtp_copies=tuple(leaf for leaf in hf.mtp_copies if _hf_prefix(hf, 0) + leaf in names))

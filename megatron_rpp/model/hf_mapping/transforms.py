@@ -136,7 +136,9 @@ class Copied:
         first, *copies = hf
         for number, copy in enumerate(copies, start=2):
             if copy.shape != first.shape or not (first.is_meta or torch.equal(copy.to(first.dtype), first)):
-                raise ValueError(f"number {number} of them must be a copy of the first, and differs")
+                raise ValueError(
+                    f"number {number} of them must be a copy of the first, and differs (drop the MTP layers: mtp=drop)"
+                )
         return self.of.split([first], shard, model)
 
     def merge(self, shards: Sequence[Tensor], dim: int | None, model: HFConfig) -> list[Tensor]:

@@ -71,7 +71,7 @@ class SDPACoreAttention(torch.nn.Module):
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=self.softmax_scale)
 
 
-@lru_cache(maxsize=2)  # one serves all layers of a microbatch
+@lru_cache(maxsize=1)  # it serves all layers of a microbatch, and stays until one of another length comes
 def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
     """[S, S] bool: True where the query of a row sees the key of a column."""
     everything = torch.ones(length, length, dtype=torch.bool, device=device)

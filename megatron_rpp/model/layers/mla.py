@@ -24,14 +24,17 @@ _FUSED_NORM_KEYS = {
 }
 
 
-class LatentNorm(RMSNorm):
-    """The norm of a compressed query or key-value: its epsilon is 1e-6 whatever the model's, as in DeepSeek's code.
+LATENT_EPSILON = 1e-6  # whatever the model's is, as in DeepSeek's code
 
-    Transformer Engine fuses it into the up-projection, with the model's epsilon.
+
+class LatentNorm(RMSNorm):
+    """The norm of a compressed query or key-value: its epsilon is not the model's.
+
+    Transformer Engine fuses it into the up-projection: see set_latent_epsilon.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **unused: Any) -> None:
-        super().__init__(config, hidden_size, 1e-6)
+        super().__init__(config, hidden_size, LATENT_EPSILON)
 
 
 class LocalMLASelfAttention(MLASelfAttention):
@@ -85,3 +88,10 @@ def use_local_mla(layer: TransformerLayerSubmodules) -> None:
     attention = layer.self_attention.submodules
     attention.q_layernorm = attention.kv_layernorm = LatentNorm
     layer.sharded_state_dict_keys_map = {**layer.sharded_state_dict_keys_map, **_FUSED_NORM_KEYS}
+
+
+def set_latent_epsilon(model: torch.nn.Module) -> None:
+    """Give Transformer Engine's fused latent norms their epsilon: `LayerNormLinear` reads `eps` at every forward."""
+    for name, module in model.named_modules():
+        if name.endswith((".linear_q_up_proj", ".linear_kv_up_proj")) and hasattr(module, "layer_norm_weight"):
+            module.eps = LATENT_EPSILON

@@ -54,10 +54,11 @@ def frequencies(rope: Rope, hf: HFConfig) -> tuple[Tensor, float]:
         num_attention_heads=hf.num_attention_heads,
         head_dim=hf.head_dim,
         max_position_embeddings=hf.max_position_embeddings,
-        rope_parameters=dict(rope.scaling),
+        rope_parameters={key: value for key, value in rope.scaling.items() if key != "attn_factor"},
     )
     inverse, factor = ROPE_INIT_FUNCTIONS[rope.scaling["rope_type"]](config, torch.device("cpu"))
-    return inverse.float(), float(factor)
+    # What transformers does not read, and SGLang multiplies yarn's own factor by.
+    return inverse.float(), float(factor) * float(rope.scaling.get("attn_factor") or 1.0)
 
 
 def attention_scale(hf: HFConfig) -> float | None:
@@ -71,6 +72,5 @@ def attention_scale(hf: HFConfig) -> float | None:
     _, factor = frequencies(hf.rope, hf)
     if factor == 1.0:
         return hf.attention_scale
-    if hf.rope.fraction != 1.0:
-        raise ValueError("yarn scaling of partly rotated heads is not supported")
+    assert hf.rope.fraction == 1.0, "hf_config.rope_from refuses yarn on partly rotated heads"
     return float((hf.attention_scale or hf.head_dim**-0.5) * factor**2)

@@ -63,9 +63,18 @@ def test_layouts_that_fit_pass(make: Make, changes: dict[str, Any]) -> None:
         ),
         (
             {"parallel.pipeline": 2, "parallel.first_stage_layers": 1, "parallel.last_stage_layers": 2},
-            "parallel.pipeline=2 less 2 must divide num_hidden_layers=4 less 3",
+            "parallel.first_stage_layers=1 and parallel.last_stage_layers=2 must be all of num_hidden_layers=4",
         ),
-        ({"parallel.pipeline": 2, "parallel.first_stage_layers": 4}, "parallel.virtual_pipeline=1 must divide the 0"),
+        (
+            {"parallel.pipeline": 3, "parallel.first_stage_layers": 3, "parallel.last_stage_layers": 3},
+            "parallel.first_stage_layers=3 and parallel.last_stage_layers=3 must leave at least a layer for each of "
+            "the 1 other stages of num_hidden_layers=4",
+        ),
+        (
+            {"parallel.pipeline": 2, "parallel.first_stage_layers": 4},
+            "parallel.first_stage_layers=4 and parallel.last_stage_layers=0 must leave at least a layer",
+        ),
+        ({"parallel.pipeline": 2, "parallel.last_stage_layers": 5}, "parallel.first_stage_layers=0 and parallel.last"),
         (
             {"rollout.context_length": 4096},
             "rollout.context_length=4096 must be at most the model's max_position_embeddings=2048",

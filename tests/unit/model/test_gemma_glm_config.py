@@ -122,3 +122,17 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(
     with pytest.raises(ValueError) as error:
         read(tmp_path, architecture, **keys)
     assert message in str(error.value) and f"{tmp_path}: its config.json has" in str(error.value)
+
+
+@pytest.mark.parametrize("architecture", ["Glm4ForCausalLM", "GlmForCausalLM"])
+def test_yarn_on_glms_partly_rotated_heads_is_refused(architecture: str, tmp_path: Path) -> None:
+    """Its factor is on the rotated dimensions alone, which no scale of the scores can give."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    with pytest.raises(ValueError, match="partly rotated heads"):
+        read(tmp_path, architecture, rope_scaling=yarn)
+
+
+def test_gemma3_ropes_that_name_no_kind_of_layer_are_refused(tmp_path: Path) -> None:
+    """Read as none at all, they would leave the global base at its default."""
+    with pytest.raises(ValueError, match="full_attention and sliding_attention"):
+        read(tmp_path, "Gemma3ForCausalLM", rope_parameters={"rope_type": "default", "rope_theta": 5e5})

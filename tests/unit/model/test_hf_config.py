@@ -101,6 +101,23 @@ def test_a_sliding_window_is_mistrals_alone_and_its_absence_is_transformers_defa
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor=None beside rope_type='llama3'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "factor=None beside rope_type='yarn'"),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "rope_theta": 1e4,
+                    "factor": 2.0,
+                    "original_max_position_embeddings": 64,
+                    "mscal": 1.0,
+                }
+            },
+            "mscal=1.0 beside",
+        ),
+        ({"rope_scaling": "linear"}, "rope_scaling='linear'; it must be a JSON object"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5'; it must be a number above 0"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": -1}, "sliding_window=-1; it must be a positive"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": True}, "sliding_window=True; it must be"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"attention_bias": True, "architectures": ["Qwen3ForCausalLM"]}, "attention_bias=True"),
         ({"mlp_bias": True}, "mlp_bias=True"),

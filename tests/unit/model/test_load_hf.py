@@ -185,3 +185,18 @@ def test_a_tensor_that_the_architecture_does_not_have_is_an_error_that_names_it(
     with pytest.raises(ValueError, match=re.escape(name)) as error:
         load([stage(read_hf_config(str(path)))], path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("what", ["copy", "other"])
+def test_output_weights_beside_tied_embeddings_must_be_their_copy(what: str, tmp_path: Path) -> None:
+    """transformers leaves a model untied whose two tensors differ."""
+    path = save_tiny("qwen3", tmp_path)
+    embedding = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
+    tensors = load_file(path / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": embedding + (what == "other")}, path / "model.safetensors")
+    chunk = stage(read_hf_config(str(path)))
+    if what == "copy":
+        load([chunk], path)
+        return
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        load([chunk], path)

@@ -87,7 +87,7 @@ def test_mixtral_has_experts_as_wide_as_its_mlp_and_a_window_where_there_is_one(
     ("changes", "wrong"),
     [
         ({"num_experts_per_tok": 7}, "num_experts_per_tok=7; it must be at most the 6 experts"),
-        ({"num_experts_per_tok": 1, "norm_topk_prob": True}, "a normalized softmax score of a single expert"),
+        ({"num_experts_per_tok": 1, "norm_topk_prob": True}, "a normalized score of a single expert"),
         ({"num_experts": 0}, "num_experts=0; it must be a positive whole number"),
         ({"use_sliding_window": True}, "use_sliding_window=True, which is not supported"),
     ],

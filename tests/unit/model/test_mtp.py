@@ -81,6 +81,12 @@ def test_what_transformers_wrote_claims_mtp_layers_that_it_does_not_hold(tmp_pat
     assert read(path)[0].num_mtp_layers == 0
 
 
+def test_a_config_that_denies_stored_mtp_layers_is_not_believed(path: Path) -> None:
+    """Whoever switches them off in config.json leaves their tensors behind."""
+    denied = replace(read_hf_config(str(path)), num_mtp_layers=0)
+    assert stored_mtp(denied, HFTensors(str(path)).names).num_mtp_layers == 1
+
+
 def test_a_source_without_copies_needs_none(path: Path) -> None:
     tensors = load_file(path / "model.safetensors")
     save_file({n: t for n, t in tensors.items() if n not in COPIES}, path / "model.safetensors")

@@ -248,7 +248,7 @@ def test_tensors_that_the_model_lacks_are_an_error_that_names_file_and_tensor(tm
     tensors = HFTensors(str(tmp_path))
     with pytest.raises(ValueError, match=r"holds 1 tensors .*\(b in y\.safetensors\); check num_hidden_layers"):
         tensors.require_no_others(["a"])
-    tensors.require_no_others(["a"], optional=["b", "c"])
+    tensors.require_no_others(["a", "b", "c", "absent"])
 
 
 def test_the_rotary_buffer_of_old_checkpoints_is_no_surplus(tmp_path: Path) -> None:

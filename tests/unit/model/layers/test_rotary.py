@@ -57,12 +57,14 @@ def test_partly_rotated_heads_have_frequencies_for_the_rotated_part_only(kind: s
     assert theirs.inv_freq.shape == (6,)
 
 
-def test_yarn_on_partly_rotated_heads_is_refused(tmp_path: Path) -> None:
-    """Its factor is on the rotated dimensions alone, which no scale of the scores can give."""
+def test_yarns_attn_factor_is_applied_as_sglang_does(tmp_path: Path) -> None:
+    """transformers does not read it: the trainer would sample from one model and train another."""
     config = LlamaConfig(**SHAPE, rope_parameters={"rope_theta": 5e5, **ROPES["yarn"]})
     hf = read(config, "LlamaForCausalLM", tmp_path)
-    with pytest.raises(ValueError, match="partly rotated"):
-        attention_scale(replace(hf, rope=replace(hf.rope, fraction=0.5)))
+    assert hf.rope.scaling is not None
+    scaled = replace(hf, rope=replace(hf.rope, scaling={**hf.rope.scaling, "attn_factor": 0.5}))
+    plain = attention_scale(hf)
+    assert plain is not None and attention_scale(scaled) == pytest.approx(plain * 0.25)
 
 
 def test_gemma3_gives_layers_with_full_attention_and_sliding_ones_their_own_angles(tmp_path: Path) -> None:
