@@ -51,11 +51,13 @@ def plan_files(boxes: list[Box], objects: list[str], max_bytes: int) -> list[Sav
 
 def _runs(boxes: list[Box], max_bytes: int) -> Iterator[list[Box]]:
     run: list[Box] = []
+    held = 0
     for box in boxes:
-        if run and sum(b.nbytes for b in run) + box.nbytes > max_bytes:
+        if run and held + box.nbytes > max_bytes:
             yield run
-            run = []
+            run, held = [], 0
         run.append(box)
+        held += box.nbytes
     if run:
         yield run
 

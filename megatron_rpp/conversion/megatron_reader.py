@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections import defaultdict
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class MegatronTensors:
         }
         self._reader = FileSystemReader(self.path)
         self._reader.set_up_storage_reader(self.metadata, is_coordinator=True)
-        self._by_first: dict[str, dict[int, list[ChunkStorageMetadata]]] = {}
+        self._stacked: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
 
     def dtype(self, key: str) -> torch.dtype:
         """Of the whole tensor `key`."""
@@ -61,17 +62,18 @@ class MegatronTensors:
         return into.out.reshape(piece.value.shape).to(self.dtype(piece.key))
 
     def _near(self, piece: Piece) -> list[ChunkStorageMetadata]:
-        """Stored chunks that may meet the box: of its layer alone, where layers are stacked."""
+        """Stored chunks that may meet the box: of its layer and expert alone, where these are stacked."""
         chunks: list[ChunkStorageMetadata] = self.tensors[piece.key].chunks
         if not piece.prepended:
             return chunks
-        if piece.key not in self._by_first:
-            grouped: dict[int, list[ChunkStorageMetadata]] = defaultdict(list)
+        if piece.key not in self._stacked:
+            grouped: dict[tuple[int, ...], list[ChunkStorageMetadata]] = defaultdict(list)
             for chunk in chunks:
-                for layer in range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]):
-                    grouped[layer].append(chunk)
-            self._by_first[piece.key] = grouped
-        return self._by_first[piece.key].get(piece.offsets[0], [])
+                axes = zip(chunk.offsets, chunk.sizes, range(piece.prepended), strict=False)
+                for stacked in product(*(range(start, start + size) for start, size, _ in axes)):
+                    grouped[stacked].append(chunk)
+            self._stacked[piece.key] = grouped
+        return self._stacked[piece.key].get(tuple(piece.offsets[: piece.prepended]), [])
 
     def _file_of(self, item: ReadItem) -> str:
         storage: dict[MetadataIndex, object] = self.metadata.storage_data or {}

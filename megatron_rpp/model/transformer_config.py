@@ -44,6 +44,9 @@ def transformer_config(hf: HFConfig, config: Config) -> TransformerConfig:
         activation_func=F.silu if hf.activation == "silu" else _gelu_tanh,
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -73,6 +76,12 @@ def _split_settings(parallel: ParallelConfig) -> dict[str, Any]:
         "num_layers_in_last_pipeline_stage": parallel.last_stage_layers or None,
         "sequence_parallel": parallel.sequence,
     }
+
+
+def _leave(parameter: Tensor) -> Tensor:
+    """Every parameter is loaded, so none is drawn. (perform_initialization=False would also leave out the attributes
+    that Megatron's gradient norm reads.)"""
+    return parameter
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
