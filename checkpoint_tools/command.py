@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 
 USER_ERROR = 2
+CRASHED = 70  # as sysexits.h has it
 INTERRUPTED = 130  # as shells report SIGINT
 
 
@@ -19,12 +22,18 @@ def run(tool: str, work: Callable[[], int], *, on_gpu: bool = False) -> int:
     warnings.filterwarnings("ignore", module="megatron")  # it tells of every optional package that is not installed
     try:
         return work()
+    except BrokenPipeError:  # who read the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+        return 0
     except (ValueError, OSError) as error:
         sys.stderr.write(f"{tool}: error: {' '.join(str(error).split())}\n")
         return USER_ERROR
     except KeyboardInterrupt:
-        sys.stderr.write(f"\n{tool}: interrupted; run the same command again to continue\n")
+        sys.stderr.write(f"\n{tool}: interrupted; run the same command again\n")
         return INTERRUPTED
+    except Exception:  # ours, and never to be taken for an answer
+        traceback.print_exc()
+        return CRASHED
 
 
 def parser(tool: str, documentation: str | None) -> argparse.ArgumentParser:
@@ -32,6 +41,13 @@ def parser(tool: str, documentation: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=tool, description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def not_negative(text: str) -> float:
+    """A finite number of at least 0, for argparse."""
+    if not (math.isfinite(value := float(text)) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{text} must be a number of at least 0")
+    return value
 
 
 def positive(text: str) -> int:

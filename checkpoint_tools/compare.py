@@ -1,11 +1,12 @@
 """Are two checkpoints the same? Hugging Face or Megatron directories, in any pair.
 
-    python -m checkpoint_tools.compare A B [--atol X] [--hf MODEL_DIR]
+    python -m checkpoint_tools.compare A B [--atol X] [--hf MODEL_DIR] [--allow-pickle]
     python -m checkpoint_tools.compare A [B] --logits [--tensor N] [--pipeline N] [--atol X]
 
-Tensors are compared one at a time under their Hugging Face names: the same bits and dtype, or with --atol
-values that differ by no more than it. With --logits, Megatron runs each directory in float32 on a few
-random token rows, and must agree with transformers on the first Hugging Face directory (--atol 1e-4).
+Tensors are compared one at a time under their Hugging Face names: the same bits and dtype (FP8 weights as
+they are read, in bfloat16), or with --atol values that differ by no more than it. With --logits, Megatron
+runs each directory in float32 on a few random token rows, and must agree with transformers on the first
+Hugging Face directory (--atol 1e-4).
 
 Exit code 0: the same; 1: different; 2: an error that the user can mend, told in one line.
 """
@@ -19,7 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoint_tools.command import parser, positive, run
+from checkpoint_tools.command import not_negative, parser, positive, run
 from megatron_rpp.config.schema import Config, ModelConfig, ParallelConfig
 
 TOOL = "compare"
@@ -31,14 +32,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     options = parser(TOOL, __doc__)
     options.add_argument("paths", metavar="DIR", nargs="+", help="one or two directories")
-    options.add_argument("--atol", type=float, help="largest difference that is accepted (default: none at all)")
+    options.add_argument("--atol", type=not_negative, help="largest difference that is accepted (default: none at all)")
     options.add_argument("--hf", metavar="MODEL_DIR", help="config.json of Megatron directories that have none")
+    options.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin, as weights alone")
     options.add_argument("--logits", action="store_true", help="compare logits with transformers'")
     options.add_argument("--tensor", type=positive, default=1, help="tensor-parallel size for --logits")
     options.add_argument("--pipeline", type=positive, default=1, help="pipeline-parallel size for --logits")
     asked = options.parse_args(words)
     if len(asked.paths) > 2 or (len(asked.paths) < 2 and not asked.logits):
         options.error("name two directories (one is enough with --logits)")
+    if asked.logits and asked.hf:
+        options.error("--hf goes with a comparison of tensors; --logits needs a config.json in each directory")
     if asked.logits:
         return _logits(asked, words)
     return run(TOOL, lambda: _tensors(asked))
@@ -48,7 +52,8 @@ def _tensors(asked: argparse.Namespace) -> int:
     from megatron_rpp.conversion.difference import differences
     from megatron_rpp.conversion.sources import open_source
 
-    sources = [open_source(path, _config_from(path, asked.hf)) for path in asked.paths]
+    pickles = asked.allow_pickle
+    sources = [open_source(path, _config_from(path, asked.hf), allow_pickle=pickles) for path in asked.paths]
     found = 0
     for difference in differences(sources[0], sources[1], asked.atol):
         found += 1

@@ -6,7 +6,8 @@
 One process, no GPU, one parameter in memory at a time. OUT_DIR loads at any layout (model.path may name
 it, and Megatron's dist_checkpointing.load reads it), and holds config and tokenizer, so it stands alone.
 The layout options only decide how the weights are cut: with --tp N each matrix is stored in N parts, so
-that a rank of that layout reads its own bytes and no others. Layers and experts are always stored apart;
+that a rank of that layout reads its own bytes and no others. Layers and experts are always stored apart,
+experts uncut;
 --pp and --ep are checked against the model and change nothing else.
 
 OUT_DIR appears when it is whole. After a kill, the same command continues OUT_DIR.partial; after an error

@@ -29,11 +29,11 @@ class Stored:
     file: str  # or how many, where it is stored in parts
 
 
-def describe(path: str) -> tuple[list[tuple[str, str]], list[Stored]]:
+def describe(path: str, *, allow_pickle: bool = False) -> tuple[list[tuple[str, str]], list[Stored]]:
     """((heading, text) lines, the tensors). ValueError where the directory is neither kind, or damaged."""
     folder = Path(path)
     is_megatron = is_megatron_directory(folder)
-    tensors = list(_megatron(path) if is_megatron else _hugging_face(path))
+    tensors = list(_megatron(path) if is_megatron else _hugging_face(path, allow_pickle))
     files = [file for file in folder.iterdir() if file.suffix in _WEIGHTS]
     size = sum(file.stat().st_size for file in files)
     dtypes = Counter[torch.dtype]()
@@ -51,7 +51,7 @@ def describe(path: str) -> tuple[list[tuple[str, str]], list[Stored]]:
 
 def _config(folder: Path) -> Iterator[tuple[str, str]]:
     if not (folder / "config.json").is_file():
-        yield "config", "none here; megatron_to_hf needs --hf DIR"
+        yield "config", "none here; conversion and compare need --hf DIR"
         return
     hf = read_hf_config(str(folder), "DIR")
     yield "architecture", hf.architecture
@@ -66,8 +66,8 @@ def _config(folder: Path) -> Iterator[tuple[str, str]]:
         yield "quantization", str(asked.get("quant_method", asked))
 
 
-def _hugging_face(path: str) -> Iterator[Stored]:
-    tensors = HFTensors(path)
+def _hugging_face(path: str, allow_pickle: bool) -> Iterator[Stored]:
+    tensors = HFTensors(path, allow_pickle=allow_pickle)
     for name in tensors.names:
         yield Stored(name, tensors.stored_dtype(name), tuple(tensors.shape(name)), tensors.file_of(name))
 

@@ -37,7 +37,7 @@ def differences(first: Source, second: Source, atol: float | None) -> Iterator[D
             yield Difference(name, f"{_short(info.dtype)} and {_short(other.dtype)}")
         elif what := _values(first.read(name), second.read(name), atol):
             yield Difference(name, what)
-    for name in second.tensors.keys() - first.tensors.keys():
+    for name in sorted(second.tensors.keys() - first.tensors.keys()):
         yield Difference(name, "missing in the first")
 
 

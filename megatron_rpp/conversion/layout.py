@@ -27,8 +27,12 @@ class Box:
 
 
 def boxes_of(slot: Slot, value: torch.Tensor, tensor_parallel: int) -> list[Piece]:
-    """The parameter `value` [slot.shape] cut as ranks of this tensor-parallel size hold it, and large boxes again."""
-    shards = [shard for piece in slot.pieces(value) for shard in piece.cut(slot.dim, tensor_parallel)]
+    """The parameter `value` [slot.shape] cut as ranks of this tensor-parallel size hold it, and large boxes again.
+
+    Experts stay whole, as at the default parallel.expert_tensor of 1.
+    """
+    count = 1 if slot.is_expert else tensor_parallel
+    shards = [shard for piece in slot.pieces(value) for shard in piece.cut(slot.dim, count)]
     return [box for shard in shards for box in shard.cut(0, max(1, -(-shard.value.numel() // BOX_ELEMENTS)))]
 
 

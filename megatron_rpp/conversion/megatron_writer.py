@@ -68,9 +68,13 @@ def _write_plan(
     if file not in workspace.done:
         try:
             results: list[WriteResult] = writer.write_data(plan, planner).wait()
-        except (OSError, RuntimeError) as error:  # torch.save turns the stream's OSError into a RuntimeError
+        except (OSError, RuntimeError) as error:  # torch.save turns what the stream raises into a RuntimeError
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None
             cause = error if isinstance(error, OSError) else error.__context__ or error
-            reason = cause.strerror if isinstance(cause, OSError) else str(cause).splitlines()[0]
+            reason = (
+                cause.strerror if isinstance(cause, OSError) else (str(cause).splitlines() or [type(cause).__name__])[0]
+            )
             raise OSError(f"{workspace.folder / file}: cannot write {planner.current}: {reason}") from error
         finally:
             planner.release()

@@ -43,6 +43,7 @@ class Slot:
     hf_names: tuple[str, ...]
     hf: HFConfig
     entry: ShardedTensor | ShardedTensorFactory  # without data
+    is_expert: bool = False
 
     def value(self, parts: Sequence[Tensor]) -> Tensor:
         """The parameter [shape] from its HF tensors, given like `hf_names`. ValueError where they do not fit."""
@@ -104,11 +105,11 @@ def build_skeleton(hf: HFConfig) -> Skeleton:
         warnings.simplefilter("ignore")  # megatron tells of every optional package that is not installed
         (chunk,) = build_empty(_without_values(hf), config, parallel, mtp=True).chunks
         state: dict[str, Any] = chunk.sharded_state_dict()  # type: ignore[operator]
-        slots = []
+        slots, family = [], family_of(hf)
         for item in sharded_parameters([chunk]):
-            rule, names = family_of(hf).find(item.name)
-            shape = item.parameter.shape
-            slots.append(Slot(item.name, shape, item.dim, rule, names, hf, state.pop(item.name).without_data()))
+            rule, names = family.find(item.name)
+            shape, entry = item.parameter.shape, state.pop(item.name).without_data()
+            slots.append(Slot(item.name, shape, item.dim, rule, names, hf, entry, item.is_expert))
     others = [name for name, value in state.items() if not isinstance(value, ShardedObject)]
     assert not others, f"sharded_state_dict has tensors that are no parameters: {others}"
     return Skeleton(hf, slots, _object_keys(state))

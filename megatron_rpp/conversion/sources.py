@@ -41,9 +41,9 @@ class Source(Protocol):
 class HFSource:
     """A Hugging Face directory. FP8 weights are read dequantized, as bfloat16."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, allow_pickle: bool = False) -> None:
         """ValueError, naming file and tensor, where headers are missing or damaged."""
-        self._files = HFTensors(str(path))
+        self._files = HFTensors(str(path), allow_pickle=allow_pickle)
         self.tensors = {n: TensorInfo(self._files.dtype(n), tuple(self._files.shape(n))) for n in self._files.names}
 
     def read(self, name: str) -> Tensor:
@@ -83,7 +83,7 @@ class MegatronSource:
         return self._merged.pop(name)
 
 
-def open_source(path: str, config_from: str) -> Source:
+def open_source(path: str, config_from: str, *, allow_pickle: bool = False) -> Source:
     """Either kind of directory; its config.json is in the directory `config_from`, mostly the same.
 
     Raises ValueError where it is neither, or does not fit its config.
@@ -91,7 +91,7 @@ def open_source(path: str, config_from: str) -> Source:
     hf = read_hf_config(config_from, "DIR")
     if is_megatron_directory(path):
         return MegatronSource(path, build_skeleton(stored_mtp(hf, MegatronTensors(path).tensors)))
-    source = HFSource(path)
+    source = HFSource(path, allow_pickle=allow_pickle)
     if hf.tied_embeddings and source.repeats("lm_head.weight", "model.embed_tokens.weight"):
         source.tensors.pop("lm_head.weight")  # some save it; it is no tensor of its own
     return source
@@ -103,7 +103,11 @@ def require_complete(tensors: HFTensors, skeleton: Skeleton, dropped: HFConfig |
     dropped: the shape with what is there and not converted.
     """
     for slot in skeleton.slots:
-        slot.value([_on_meta(tensors, name, slot) for name in slot.hf_names])
+        try:
+            slot.value([_on_meta(tensors, name, slot) for name in slot.hf_names])
+        except ValueError as error:
+            files = {tensors.file_of(name) for name in slot.hf_names}
+            raise ValueError(f"{tensors.path} ({', '.join(sorted(files))}): {error}") from error
     hf = dropped or skeleton.hf
     tensors.require_no_others(family_of(hf).hf_names(hf))
 

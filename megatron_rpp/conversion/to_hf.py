@@ -55,7 +55,8 @@ def convert_to_hf(asked: ToHF) -> None:
     files = plan_files(stream.entries, asked.file_bytes)
     total = sum(entry.nbytes for entry in stream.entries)
     require_disk(out, total + len(stream.entries) * ENTRY_BYTES + copied_bytes(config_from) + SPARE_BYTES)
-    key = fingerprint(source, {"to": "hf", "config": fingerprint(config_from, {}), **asdict(asked)})
+    options = {name: value for name, value in asdict(asked).items() if name in ("dtype", "fp8", "mtp", "file_bytes")}
+    key = fingerprint(source, {"to": "hf", "config": fingerprint(config_from, {}), **options})
     with open_workspace(out, key) as workspace:
         progress = Progress("megatron_to_hf", total, min(workspace.done_bytes, total))
         _write_files(workspace, stream, files, progress)

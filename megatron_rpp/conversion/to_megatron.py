@@ -80,7 +80,9 @@ def convert_to_megatron(asked: ToMegatron) -> None:
     total = sum(box.nbytes for box in boxes)
     entries = len(boxes) + len(skeleton.objects)
     require_disk(out, total + entries * ENTRY_BYTES + copied_bytes(source) + SPARE_BYTES)
-    key = fingerprint(source, {"to": "megatron", **asdict(asked)})
+    # What cuts nothing, or is told by the source's files, is no part of it.
+    options = {name: value for name, value in asdict(asked).items() if name in ("tensor", "dtype", "mtp", "file_bytes")}
+    key = fingerprint(source, {"to": "megatron", **options})
 
     def read(slot: Slot) -> Tensor:
         stored = [tensors.read(name) for name in slot.hf_names]

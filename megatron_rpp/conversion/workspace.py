@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-_JOURNAL = "journal.jsonl"  # first line: the fingerprint; then a line for each finished file
+JOURNAL = ".conversion-journal.jsonl"  # first line: the fingerprint; then a line for each finished file
 _FORMAT = 1  # of the journal and of how work is divided into files
 
 
@@ -81,19 +81,22 @@ def open_workspace(out: Path, key: str) -> Iterator[Workspace]:
 
     On an error nothing is left; on a signal or a kill OUT.partial stays, for the next start to continue.
 
-    Raises ValueError where another process works there.
+    Raises ValueError where another process works there, or the folder is somebody else's.
     """
     folder = partial_of(out)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / JOURNAL).is_file():
+        raise ValueError(f"{folder} is in the way, and no conversion's; move it, or choose another --out")
     folder.mkdir(exist_ok=True)
-    with _locked(folder / _JOURNAL) as journal:
+    with _locked(folder / JOURNAL) as journal:
         try:
             workspace = Workspace(folder, journal, _resume(folder, journal, key))
             yield workspace
             _sync_others(workspace)
-            (folder / _JOURNAL).unlink()
             _sync_folder(folder)
             require_absent(out)
             folder.rename(out)
+            (out / JOURNAL).unlink()  # until then it says whose folder this is
+            _sync_folder(out)
             _sync_folder(out.parent)
         except Exception:
             shutil.rmtree(folder, ignore_errors=True)
@@ -121,9 +124,9 @@ def _resume(folder: Path, journal: TextIO, key: str) -> dict[str, Any]:
                 done[line["file"]] = line["note"]
         sys.stderr.write(f"continuing {folder}: {len(done)} finished files are kept\n")
     elif len(list(folder.iterdir())) > 1:
-        sys.stderr.write(f"{folder} is of another source or other options, or lacks its journal: starting afresh\n")
+        sys.stderr.write(f"{folder} is of another source or other options: starting afresh\n")
     for path in folder.iterdir():
-        if path.name not in done and path.name != _JOURNAL:
+        if path.name not in done and path.name != JOURNAL:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     _rewrite(folder, journal, key, done)
     return done

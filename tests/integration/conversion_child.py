@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_rpp.conversion import megatron_writer, progress, to_hf, to_megatron
+from megatron_rpp.conversion import progress, to_hf, to_megatron
 
 FILE_BYTES = 20_000  # several files for a tiny model
 _AUDITED = ("open", "os.rename", "os.remove", "os.mkdir", "shutil.copyfile", "shutil.rmtree")
@@ -47,6 +47,3 @@ def child(direction: str, source: Path, out: Path, kill_at: int, report: Path | 
     convert(direction, source, out)
     if report is not None:
         report.write_text(str(done[0]))
-
-
-__all__ = ["child", "convert", "megatron_writer"]

@@ -71,7 +71,10 @@ DAMAGE: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "missing_shard": (_lose_a_shard, ("model-00002-of-00002.safetensors",)),
     "missing_tensor": (lambda s: _rewrite(s, lambda t: t.pop(Q_PROJ)), (Q_PROJ,)),
     "extra_tensor": (lambda s: _rewrite(s, lambda t: t.update(stray=torch.ones(2))), ("stray", "model.safetensors")),
-    "wrong_shape": (lambda s: _rewrite(s, lambda t: t.update({Q_PROJ: torch.ones(30, 32)})), (Q_PROJ, "(30, 32)")),
+    "wrong_shape": (
+        lambda s: _rewrite(s, lambda t: t.update({Q_PROJ: torch.ones(30, 32)})),
+        (Q_PROJ, "(30, 32)", "model.safetensors"),
+    ),
     "unknown_architecture": (_rename_architecture, ("ParrotForCausalLM", "must be one of")),
     "tokenizer_larger_than_model": (_grow_tokenizer, ("tokenizer.json", "19")),
 }

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conversion_child import child, convert
+from megatron_rpp.conversion.to_megatron import ToMegatron, convert_to_megatron
+from megatron_rpp.conversion.workspace import JOURNAL, open_workspace
+from megatron_rpp.model.hf_io.chunked_file import ChunkedFile
+from tests.integration.conversion_child import FILE_BYTES, child, convert
 from tests.support.tiny_models import save_tiny
 
 POINTS = 20
@@ -59,26 +62,80 @@ def test_partial_of_another_source_is_discarded_and_told(tmp_path: Path, capfd: 
     convert("to_megatron", source, out)
     assert "starting afresh" in capfd.readouterr().err
     convert("to_megatron", source, tmp_path / "fresh")
-    # The index names the folder and the options, which differ.
+    # The index names the folder, which differs.
     assert _contents(out, without=".metadata") == _contents(tmp_path / "fresh", without=".metadata")
 
 
-def test_finished_files_are_not_written_again(tmp_path: Path) -> None:
+def test_finished_files_are_not_written_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     source, out = save_tiny("llama", tmp_path), tmp_path / "out"
     assert _start("to_megatron", source, out, 60, None).exitcode == -signal.SIGKILL
-    before = {path.name: path.stat().st_ino for path in _partial(out).glob("*.distcp")}
+    before = {path.name: path.stat().st_mtime_ns for path in _partial(out).glob("*.distcp")}
     finished = _finished_files(out)
+    capfd.readouterr()
     convert("to_megatron", source, out)
-    kept = [name for name, inode in before.items() if (out / name).stat().st_ino == inode]
+    assert f"{finished} finished files are kept" in capfd.readouterr().err
+    kept = [name for name, written in before.items() if (out / name).stat().st_mtime_ns == written]
     assert finished >= 2 and len(kept) >= finished
 
 
+def test_interrupt_in_the_middle_of_a_write_keeps_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.save makes a RuntimeError of it, which would otherwise count as an error and remove everything."""
+    source, out, calls = save_tiny("llama", tmp_path), tmp_path / "out", []
+
+    def interrupted(self: ChunkedFile, data: object) -> int:
+        calls.append(data)
+        if len(calls) == 300:
+            raise KeyboardInterrupt
+        return write(self, data)
+
+    write = ChunkedFile.write
+    monkeypatch.setattr(ChunkedFile, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert("to_megatron", source, out)
+    assert _finished_files(out) >= 1
+    monkeypatch.setattr(ChunkedFile, "write", write)
+    convert("to_megatron", source, out)
+    convert("to_megatron", source, tmp_path / "undisturbed")
+    undisturbed = _contents(tmp_path / "undisturbed", without=".metadata")  # it names the folder
+    assert _contents(out, without=".metadata") == undisturbed
+
+
+def test_options_that_change_nothing_and_other_spellings_continue_a_conversion(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, out = save_tiny("llama", tmp_path), tmp_path / "out"
+    assert _start("to_megatron", source, out, 60, None).exitcode == -signal.SIGKILL
+    asked = ToMegatron(f"{source}/", f"{tmp_path}/./out", tensor=2, pipeline=2, file_bytes=FILE_BYTES)
+    convert_to_megatron(asked)
+    assert "finished files are kept" in capfd.readouterr().err and out.is_dir()
+
+
+def test_folder_in_the_way_that_is_no_conversions_is_left_alone(tmp_path: Path) -> None:
+    source, out = save_tiny("llama", tmp_path), tmp_path / "out"
+    _partial(out).mkdir()
+    (_partial(out) / "notes.txt").write_text("precious")
+    with pytest.raises(ValueError, match=r"out\.partial is in the way"):
+        convert("to_megatron", source, out)
+    assert (_partial(out) / "notes.txt").read_text() == "precious"
+
+
+def test_second_conversion_to_the_same_directory_is_refused_while_the_first_runs(tmp_path: Path) -> None:
+    source, out = save_tiny("llama", tmp_path), tmp_path / "out"
+    with open_workspace(out, "key") as first:
+        with pytest.raises(ValueError, match="another process is converting"):
+            convert("to_megatron", source, out)
+        assert first.folder.is_dir()
+
+
 def _contents(folder: Path, without: str = "") -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != without}
+    """Not of the journal, which is removed last."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (JOURNAL, without)}
 
 
 def _finished_files(out: Path) -> int:
-    journal = _partial(out) / "journal.jsonl"
+    journal = _partial(out) / JOURNAL
     return max(0, len(journal.read_text().splitlines()) - 1) if journal.is_file() else 0
 
 

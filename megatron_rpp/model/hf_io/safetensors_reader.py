@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,14 @@ class SafetensorsFile:
         stored = self.tensors[name]
         if stored.start == stored.end:
             return torch.empty(stored.shape, dtype=stored.dtype)
+        # The tensor's own pages alone: of a file larger than memory Linux maps no private whole.
+        first = stored.start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         try:
-            storage = torch.UntypedStorage.from_file(str(self.path), False, stored.end)[stored.start : stored.end]
-        except RuntimeError as error:
-            raise ValueError(
-                f"{self.path}: cannot read the tensor {name}: {error}; it changed since it was opened"
-            ) from error
-        flat = torch.empty(0, dtype=torch.uint8).set_(storage)
+            with self.path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), stored.end - first, mmap.MAP_PRIVATE, offset=first)
+        except (OSError, ValueError) as error:  # ValueError: the file is shorter than it was
+            raise ValueError(f"{self.path}: cannot read the tensor {name}: {error}; is it still as it was?") from error
+        flat = torch.frombuffer(mapped, dtype=torch.uint8, offset=stored.start - first, count=stored.end - stored.start)
         if stored.start % stored.dtype.itemsize:  # other writers need not align
             flat = flat.clone()
         return flat.view(stored.dtype).view(stored.shape)

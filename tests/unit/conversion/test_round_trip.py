@@ -113,6 +113,32 @@ def test_compare_finds_a_changed_a_missing_and_a_recast_tensor(
     assert compare.main([str(source), str(tmp_path / "nowhere")]) == 2
 
 
+def test_compare_tells_negative_zero_from_zero_and_takes_equal_nans_for_equal(tmp_path: Path) -> None:
+    name, folders = "model.norm.weight", [save_tiny("llama", tmp_path / which) for which in ("first", "second")]
+
+    def rewrite(folder: Path, *values: float) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name][: len(values)] = torch.tensor(values)
+        save_file(tensors, folder / "model.safetensors")
+
+    first, second = map(str, folders)
+    for folder in folders:
+        rewrite(folder, 0.0, float("nan"))
+    assert compare.main([first, second]) == 0 == compare.main([first, second, "--atol", "0"])
+    rewrite(folders[1], -0.0)
+    assert compare.main([first, second]) == 1
+    assert compare.main([first, second, "--atol", "0"]) == 0
+    rewrite(folders[1], 0.0, 1.0)
+    assert compare.main([first, second, "--atol", "1e9"]) == 1, "NaN is near nothing but NaN"
+
+
+@pytest.mark.parametrize("atol", ["nan", "inf", "-1"])
+def test_a_tolerance_that_would_accept_everything_is_refused(atol: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        compare.main([str(tmp_path), str(tmp_path), "--atol", atol])
+    assert ended.value.code == 2
+
+
 def test_inspect_tells_the_same_of_both_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, there = save_tiny("qwen3", tmp_path), tmp_path / "there"
     assert hf_to_megatron.main(["--hf", str(source), "--out", str(there)]) == 0
