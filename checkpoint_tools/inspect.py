@@ -25,12 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         from megatron_rpp.conversion.describe import describe
+        from megatron_rpp.device import dtype_name
 
         lines, tensors = describe(asked.path, allow_pickle=asked.allow_pickle)
         for heading, text in lines:
             sys.stdout.write(f"{heading:13} {text}\n")
         for tensor in tensors if asked.tensors else ():
-            dtype = str(tensor.dtype).removeprefix("torch.")
+            dtype = dtype_name(tensor.dtype)
             sys.stdout.write(f"{tensor.name}  {dtype}  {list(tensor.shape)}  {tensor.file}\n")
         return 0
 

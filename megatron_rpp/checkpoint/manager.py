@@ -17,6 +17,7 @@ from megatron.core import dist_checkpointing
 
 from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.checkpoint.torch_adam import allocate_state, give_steps, load_state
+from megatron_rpp.device import dtype_name
 from megatron_rpp.engine.optimizer import Optimizer
 from megatron_rpp.model.build import Model
 from megatron_rpp.model.hf_io.model_files import copy_model_files
@@ -52,7 +53,7 @@ def save_checkpoint(
     dist_checkpointing.save(_sharded(policy, optimizer, is_loading=False), str(partial))
 
     def finish() -> None:
-        dtype = str(policy.config.params_dtype).removeprefix("torch.")
+        dtype = dtype_name(policy.config.params_dtype)
         copy_model_files(Path(source), partial, dtype=dtype, changes=told_mtp(str(source), held=0))
         (partial / "run_state.json").write_text(json.dumps(state.to_json(), indent=1))
         shutil.rmtree(final, ignore_errors=True)

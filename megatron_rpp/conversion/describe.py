@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from megatron_rpp.conversion.megatron_reader import MegatronTensors
+from megatron_rpp.device import dtype_name
 from megatron_rpp.model.hf_io.tensors import HFTensors
 from megatron_rpp.model.hf_mapping import read_hf_config
 from megatron_rpp.model.load_megatron import is_megatron_directory
@@ -42,7 +43,7 @@ def describe(path: str, *, allow_pickle: bool = False) -> tuple[list[tuple[str, 
     lines = [("format", "Megatron torch_dist" if is_megatron else "Hugging Face"), *_config(folder)]
     lines += [
         ("parameters", f"{sum(dtypes.values()):,} in {len(tensors)} tensors"),
-        ("dtype", ", ".join(f"{_short(dtype)} {count:,}" for dtype, count in dtypes.most_common())),
+        ("dtype", ", ".join(f"{dtype_name(dtype)} {count:,}" for dtype, count in dtypes.most_common())),
         ("fp8", "yes" if any("float8" in str(dtype) for dtype in dtypes) else "no"),
         ("files", f"{len(files)}, {size / 1e9:.3f} GB"),
     ]
@@ -76,7 +77,3 @@ def _megatron(path: str) -> Iterator[Stored]:
     stored = MegatronTensors(path)
     for key, tensor in stored.tensors.items():
         yield Stored(key, tensor.properties.dtype, tuple(tensor.size), f"{len(tensor.chunks)} parts")
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_rpp.conversion.sources import Source
+from megatron_rpp.device import dtype_name
 
 SLAB = 1 << 22  # elements that are compared at a time
 
@@ -34,7 +35,7 @@ def differences(first: Source, second: Source, atol: float | None) -> Iterator[D
         if info.shape != other.shape:
             yield Difference(name, f"shape {list(info.shape)} and {list(other.shape)}")
         elif atol is None and info.dtype != other.dtype:
-            yield Difference(name, f"{_short(info.dtype)} and {_short(other.dtype)}")
+            yield Difference(name, f"{dtype_name(info.dtype)} and {dtype_name(other.dtype)}")
         elif what := _values(first.read(name), second.read(name), atol):
             yield Difference(name, what)
     for name in sorted(second.tensors.keys() - first.tensors.keys()):
@@ -62,7 +63,3 @@ def _values(first: Tensor, second: Tensor, atol: float | None) -> str:
 def _bits(x: Tensor) -> Tensor:
     """As integers of the same width, in which -0 differs from 0 and NaN equals itself."""
     return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -57,16 +57,16 @@ class HFSource:
 class MegatronSource:
     """A Megatron directory, converted as it is read; holds the tensors of one parameter."""
 
-    def __init__(self, path: str | Path, skeleton: Skeleton, *, ignored: str | None = None) -> None:
+    def __init__(self, stored: MegatronTensors, skeleton: Skeleton, *, ignored: str | None = None) -> None:
         """ValueError where a tensor is missing, of another shape, or not implied by the config.
 
         ignored: how the keys begin of what is there and not wanted.
         """
         self._skeleton = skeleton
-        self._stored = MegatronTensors(path)
+        self._stored = stored
         if ignored is not None:
             self._stored.tensors = {k: v for k, v in self._stored.tensors.items() if not k.startswith(ignored)}
-        _require_fit(self._stored, skeleton, path)
+        _require_fit(self._stored, skeleton)
         self._merged: dict[str, Tensor] = {}
         self.tensors = {
             name: TensorInfo(self._stored.dtype(slot.keys[0]), tuple(tensor.shape), slot.rule.keeps_dtype)
@@ -90,7 +90,8 @@ def open_source(path: str, config_from: str, *, allow_pickle: bool = False) -> S
     """
     hf = read_hf_config(config_from, "DIR")
     if is_megatron_directory(path):
-        return MegatronSource(path, build_skeleton(stored_mtp(hf, MegatronTensors(path).tensors)))
+        stored = MegatronTensors(path)
+        return MegatronSource(stored, build_skeleton(stored_mtp(hf, stored.tensors)))
     source = HFSource(path, allow_pickle=allow_pickle)
     if hf.tied_embeddings and source.repeats("lm_head.weight", "model.embed_tokens.weight"):
         source.tensors.pop("lm_head.weight")  # some save it; it is no tensor of its own
@@ -116,7 +117,8 @@ def _on_meta(tensors: HFTensors, name: str, slot: Slot) -> Tensor:
     return torch.empty(tensors.shape(name), dtype=tensors.dtype(name), device=slot.empty.device)
 
 
-def _require_fit(stored: MegatronTensors, skeleton: Skeleton, path: str | Path) -> None:
+def _require_fit(stored: MegatronTensors, skeleton: Skeleton) -> None:
+    path = stored.path
     for piece in (piece for slot in skeleton.slots for piece in slot.pieces(slot.empty)):
         found = stored.tensors.get(piece.key)
         if not isinstance(found, TensorStorageMetadata):

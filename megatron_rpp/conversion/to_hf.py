@@ -14,6 +14,7 @@ from megatron_rpp.conversion.skeleton import build_skeleton
 from megatron_rpp.conversion.sources import MegatronSource
 from megatron_rpp.conversion.tokenizer_size import require_tokenizer_fits
 from megatron_rpp.conversion.workspace import Workspace, fingerprint, open_workspace, require_absent, require_disk
+from megatron_rpp.device import dtype_name
 from megatron_rpp.model.hf_io.fp8_blocks import quantization_config
 from megatron_rpp.model.hf_io.model_files import copied_bytes, copy_model_files
 from megatron_rpp.model.hf_io.safetensors_writer import plan_files, write_file, write_index
@@ -49,9 +50,10 @@ def convert_to_hf(asked: ToHF) -> None:
     hf = read_hf_config(str(config_from), "--hf" if asked.hf else "--megatron")
     require_tokenizer_fits(config_from, hf.vocab_size)
     dtype = getattr(torch, asked.dtype) if asked.dtype else None
-    hf = stored_mtp(hf, MegatronTensors(source).tensors) if asked.mtp == "keep" else without_mtp(hf)
+    stored = MegatronTensors(source)
+    hf = stored_mtp(hf, stored.tensors) if asked.mtp == "keep" else without_mtp(hf)
     ignored = None if asked.mtp == "keep" else MEGATRON_KEY
-    stream = HFStream(MegatronSource(source, build_skeleton(hf), ignored=ignored), dtype, asked.fp8)
+    stream = HFStream(MegatronSource(stored, build_skeleton(hf), ignored=ignored), dtype, asked.fp8)
     files = plan_files(stream.entries, asked.file_bytes)
     total = sum(entry.nbytes for entry in stream.entries)
     require_disk(out, total + len(stream.entries) * ENTRY_BYTES + copied_bytes(config_from) + SPARE_BYTES)
@@ -62,7 +64,7 @@ def convert_to_hf(asked: ToHF) -> None:
         _write_files(workspace, stream, files, progress)
         write_index(workspace.folder, files)
         quantization = quantization_config() if asked.fp8 else None
-        dtype = str(stream.main_dtype).removeprefix("torch.")
+        dtype = dtype_name(stream.main_dtype)
         changes = told_mtp(str(config_from), hf.num_mtp_layers)
         copy_model_files(config_from, workspace.folder, dtype=dtype, quantization=quantization, changes=changes)
         progress.finish()

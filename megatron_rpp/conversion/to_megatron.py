@@ -18,6 +18,7 @@ from megatron_rpp.conversion.skeleton import Skeleton, Slot, build_skeleton
 from megatron_rpp.conversion.sources import require_complete
 from megatron_rpp.conversion.tokenizer_size import require_tokenizer_fits
 from megatron_rpp.conversion.workspace import fingerprint, open_workspace, require_absent, require_disk
+from megatron_rpp.device import dtype_name
 from megatron_rpp.model.checks import check_split
 from megatron_rpp.model.hf_io.model_files import copied_bytes, copy_model_files
 from megatron_rpp.model.hf_io.tensors import HFTensors
@@ -94,7 +95,7 @@ def convert_to_megatron(asked: ToMegatron) -> None:
         progress = Progress("hf_to_megatron", total, min(workspace.done_bytes, total))
         plans = plan_files(boxes, skeleton.objects, asked.file_bytes)
         write_megatron(workspace, plans, boxes, asked.tensor, read, progress, save_id=key)
-        name = str(_most_common(skeleton, dtypes)).removeprefix("torch.")
+        name = dtype_name(_most_common(skeleton, dtypes))
         changes = told_mtp(asked.source, skeleton.hf.num_mtp_layers)
         copy_model_files(source, workspace.folder, dtype=name, changes=changes)
         progress.finish()

@@ -59,5 +59,10 @@ def dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that config files and headers give a torch dtype: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 if not has_cuda():
     cpu.install()

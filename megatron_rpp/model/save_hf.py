@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_rpp.device import dtype_name
 from megatron_rpp.model.build import Model
 from megatron_rpp.model.export_hf import empty_hf_tensors, entries_of, hf_tensors, takes_part_in_export
 from megatron_rpp.model.hf_io.model_files import copy_model_files
@@ -40,7 +41,7 @@ def save_hf(model: Model, source: str, out: str, *, mtp: str = "keep", include_c
 
     def finish() -> None:
         write_index(partial, files)
-        dtype = str(model.config.params_dtype).removeprefix("torch.")
+        dtype = dtype_name(model.config.params_dtype)
         changes = mtp_changes(source, [entry.name for _, entries in files for entry in entries])
         copy_model_files(Path(source), partial, dtype=dtype, include_code=include_code, changes=changes)
         replace_directory(partial, final)

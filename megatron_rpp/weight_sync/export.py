@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_rpp.device import dtype_name
+
 
 @dataclass(frozen=True)
 class Bucket:
@@ -39,7 +41,7 @@ def buckets(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[B
 def _flatten(tensors: list[tuple[str, Tensor]]) -> Bucket:
     return Bucket(
         names=[name for name, _ in tensors],
-        dtypes=[str(t.dtype).removeprefix("torch.") for _, t in tensors],
+        dtypes=[dtype_name(t.dtype) for _, t in tensors],
         shapes=[list(t.shape) for _, t in tensors],
         flat=torch.cat([t.contiguous().flatten().view(torch.uint8) for _, t in tensors]),
     )
