@@ -148,9 +148,9 @@ def _check_world_size(config: Config, env: Mapping[str, str]) -> None:
             f"parallel.tensor={tensor} x parallel.pipeline={pipeline} x parallel.data={data} must equal "
             f"the number of ranks in the job, {world_size}"
         )
-    if int(env.get("LOCAL_WORLD_SIZE", world_size)) != world_size and not config.rollout.urls:
+    if int(env.get("LOCAL_WORLD_SIZE", world_size)) != world_size and config.rollout.spawns_servers:
         raise ConfigError(
-            "rollout.urls is not set, and the server that rank 0 would spawn is out of reach for the job's other "
+            "rollout.urls is not set, and the servers that rank 0 would spawn are out of reach for the job's other "
             "hosts; start SGLang servers and pass their addresses in rollout.urls"
         )
 

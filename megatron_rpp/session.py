@@ -23,15 +23,15 @@ from megatron_rpp.observability.reporter import Reporter
 from megatron_rpp.observability.timers import Timers
 from megatron_rpp.parallel import bootstrap
 from megatron_rpp.parallel.context import ParallelContext
+from megatron_rpp.parity.gather import Scene
+from megatron_rpp.parity.monitor import ParityMonitor
 from megatron_rpp.reward.build import build_reward
 from megatron_rpp.reward.protocol import Reward
 from megatron_rpp.rollout.fleet import ServerFleet
 from megatron_rpp.rollout.protocol import SamplingParams
 from megatron_rpp.rollout.sglang_client import SGLangClient
-from megatron_rpp.weight_sync.broadcast import BroadcastTransport
-from megatron_rpp.weight_sync.disk import DiskTransport
+from megatron_rpp.weight_sync.build import build_engine
 from megatron_rpp.weight_sync.synced_engine import SyncedRolloutEngine
-from megatron_rpp.weight_sync.transport import Transport
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class Session:
     reference: Model | None  # None where no KL is used
     optimizer: Optimizer
     rollout_engine: SyncedRolloutEngine
+    parity: ParityMonitor
     reporter: Reporter
     first_step: int
     shaping: ShapingState
@@ -101,8 +102,9 @@ def open_session(config: Config, *, resume: bool) -> Iterator[Session]:
         eval_reward = build_reward(config.reward, config.data.eval) if eval_prompts else reward
         stack.callback(eval_reward.close)
         client = SGLangClient((), config.rollout, tokenizer.decode)
-        fleet = ServerFleet(config, client)
-        stack.callback(fleet.stop)
+        fleet = ServerFleet(config) if parallel.rank == 0 else None
+        if fleet is not None:
+            stack.callback(fleet.stop)
         policy, optimizer = make_trainable(
             build_model(config, parallel, path=config.model.path), config.optimizer, total_optimizer_steps(config)
         )
@@ -111,16 +113,10 @@ def open_session(config: Config, *, resume: bool) -> Iterator[Session]:
         first_step, shaping = 0, ShapingState()
         if resume:
             first_step, shaping = _resume(config, policy, optimizer, prompt_source)
-        engine = SyncedRolloutEngine(
-            policy,
-            fleet,
-            client,
-            _transport(config, client),
-            deadline_s=config.weight_sync.deadline_s,
-            max_retries=config.rollout.max_retries,
-        )
-        fleet.wait_ready()
+        engine = build_engine(config, policy, fleet, client)
+        engine.wait_ready()
         engine.sync(first_step)
+        parity = ParityMonitor(Scene(config, policy, engine, client, tokenizer))
         replica = parallel.dp_rank if parallel.is_replica_leader else None
         reporter = stack.enter_context(
             Reporter(config.run.dir, rank=parallel.rank, replica=replica, steps=range(first_step, config.run.steps))
@@ -129,7 +125,7 @@ def open_session(config: Config, *, resume: bool) -> Iterator[Session]:
             (Path(config.run.dir) / "config.toml").write_text(dump_toml(config))
         yield Session(
             config, parallel, tokenizer, prompt_source, eval_prompts, reward, eval_reward, policy, reference,
-            optimizer, engine, reporter, first_step, shaping, Timers(),
+            optimizer, engine, parity, reporter, first_step, shaping, Timers(),
         )  # fmt: skip
 
 
@@ -166,22 +162,3 @@ def _resume(
     prompt_source.load_state_dict(state.prompts)
     logger.info("resumed from %s", path)
     return state.step, ShapingState.from_dict(state.shaping)
-
-
-def _transport(config: Config, client: SGLangClient) -> Transport:
-    sync = config.weight_sync
-    if sync.transport == "disk":
-        folder = Path(config.run.dir) / "weights"
-        return DiskTransport(
-            client.post,
-            folder=folder,
-            source=config.model.path,
-            deadline_s=sync.deadline_s,
-            mtp=config.model.mtp,
-        )
-    return BroadcastTransport(
-        client.post,
-        server_tp=config.rollout.server_tensor,
-        bucket_bytes=sync.bucket_mb * 2**20,
-        deadline_s=sync.deadline_s,
-    )

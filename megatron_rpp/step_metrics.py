@@ -32,10 +32,9 @@ def step_metrics(
 
 
 def _replica_metrics(s: Session, batch: ExperienceBatch, rollouts: Sequence[Rollout]) -> Metrics:
-    assert batch.old_logprobs is not None and batch.entropy is not None
+    assert batch.entropy is not None
     count, mask = len(rollouts), batch.loss_mask
     tokens = float(mask.sum())
-    mismatch = (batch.old_logprobs - batch.rollout_logprobs).abs()
     rewards = batch.rewards.double()
     metrics = Metrics()
     metrics.add_mean("reward/mean", float(rewards.sum()), count)
@@ -45,7 +44,5 @@ def _replica_metrics(s: Session, batch: ExperienceBatch, rollouts: Sequence[Roll
     metrics.add_mean("response/length_mean", sum(len(r.response_ids) for r in rollouts), count)
     metrics.add_mean("response/truncated_fraction", sum(r.is_truncated for r in rollouts), count)
     metrics.add_mean("entropy/mean", float(masked_sum(batch.entropy.double(), mask)), tokens)
-    metrics.add_mean("mismatch/logprob_abs_mean", float(masked_sum(mismatch.double(), mask)), tokens)
-    metrics.add_max("mismatch/logprob_abs_max", float((mismatch * mask).max()))
     metrics.add_mean("tokens", tokens + sum(len(r.prompt.token_ids) for r in rollouts), 1)
     return metrics

@@ -35,17 +35,20 @@ def train_on_one_batch(s: Session, step: int) -> None:
         with s.timers("reward"):
             rewards = from_replica_leader(s.parallel, lambda: s.reward(rollouts))
         baselines = greedy_rewards(s, prompts)
+        s.rollout_engine.release_memory()
         batch = collate(rollouts, rewards, baselines, pad_token_id=s.tokenizer.pad_token_id, device=s.parallel.device)
         with s.timers("score"):
             batch = score(batch, s.policy, s.reference, s.config)
+        with s.timers("parity"):
+            parity = s.parity.check(step, batch, rollouts)
         batch, s.shaping, advantage_stats = add_advantages(batch, s.config, s.parallel, s.shaping)
         with s.timers("train"):
-            train_stats = train_step(s.policy, s.optimizer, batch, s.config)
+            train_stats = train_step(s.policy, s.optimizer, batch, parity.config)
         with s.timers("sync"):
             s.rollout_engine.sync(policy_version=step + 1)
     if is_due(step, s.config.eval.interval, s.config.run.steps):
         evals = evals or evaluate(s)
-    metrics = step_metrics(s, batch, rollouts, {**advantage_stats, **train_stats, **evals})
+    metrics = step_metrics(s, batch, rollouts, {**parity.metrics, **advantage_stats, **train_stats, **evals})
     s.reporter.step(step, metrics, rollouts, rewards)
     if is_due(step, s.config.checkpoint.interval, s.config.run.steps):
         s.save(step + 1)  # after its metrics, which a resumed run does not write again

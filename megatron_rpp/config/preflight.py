@@ -31,10 +31,12 @@ def check_host(config: Config, *, resume: bool) -> None:
 
 
 def check_port(config: Config) -> None:
-    """The port of the server that the trainer would spawn is free."""
-    if config.rollout.urls or config.rollout.port == 0:
+    """The ports of the servers that the trainer would spawn are free."""
+    rollout = config.rollout
+    if not rollout.spawns_servers or rollout.port == 0:
         return
-    claim_port(config.rollout.port)
+    for index in range(rollout.num_servers):
+        claim_port(rollout.port + index)
 
 
 def claim_port(wanted: int) -> int:

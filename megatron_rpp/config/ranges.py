@@ -30,7 +30,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.eval.kind": ("jsonl", "reasoning_gym"),
     "optimizer.lr_schedule": LR_SCHEDULES,
     "sft.lr_schedule": LR_SCHEDULES,
-    "weight_sync.transport": ("broadcast", "disk"),
+    "weight_sync.transports": ("broadcast", "disk", "ipc", "delta"),
+    "weight_sync.dtype": ("auto", "float32", "bfloat16", "float8"),
+    "weight_sync.verify": ("full", "sample", "off"),
+    "weight_sync.pause": ("drain", "abort", "retract"),
 }
 
 
@@ -70,6 +73,7 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "rollout.num_prompts",
         "rollout.max_response_tokens",
         "rollout.context_length",
+        "rollout.num_servers",
         "rollout.server_tensor",
         "rollout.max_total_tokens",
         "rollout.max_concurrent_requests",
@@ -77,6 +81,8 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "train.micro_batch_size",
         "train.logprob_chunk_tokens",
         "weight_sync.bucket_mb",
+        "weight_sync.delta_full_every",
+        "parity.responses",
         "eval.num_prompts",
         "checkpoint.keep",
         "sft.steps",
@@ -103,6 +109,10 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "reward.overlong_buffer_tokens",
         "reward.overlong_penalty",
         "rollout.max_retries",
+        "rollout.restart_backoff_s",
+        "parity.warn",
+        "parity.correct",
+        "parity.stop",
         "optimizer.lr",
         "optimizer.min_lr",
         "optimizer.warmup_steps",
@@ -118,6 +128,7 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "rollout.temperature",
         "rollout.startup_deadline_s",
         "rollout.request_deadline_s",
+        "rollout.health_deadline_s",
         "reward.time_limit_s",
         "optimizer.adam_eps",
         "weight_sync.deadline_s",
@@ -139,8 +150,9 @@ def check_ranges(values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}={value} must be a finite number")
-        if key in CHOICES and value not in CHOICES[key]:
-            raise ConfigError(f"{key}={value} must be one of: {', '.join(CHOICES[key])}")
+        for each in value if isinstance(value, tuple) else (value,):
+            if key in CHOICES and each not in CHOICES[key]:
+                raise ConfigError(f"{key}={each} must be one of: {', '.join(CHOICES[key])}")
         if key in _RANGE_OF and not _RANGE_OF[key].holds(value):
             raise ConfigError(f"{key}={value} must be {_RANGE_OF[key].words}")
 

@@ -149,25 +149,40 @@ class RolloutConfig:
     temperature: float = 1.0
     """Sampling temperature; log-probs everywhere are those of the tempered distribution."""
     top_p: float = 1.0
-    """Nucleus sampling; below 1 the engine's log-probs differ from the trainer's by design."""
+    """Nucleus sampling; below 1 the engine samples from less than the distribution that it gives log-probs of."""
     urls: tuple[str, ...] = ()
-    """Running SGLang servers to attach to; empty: the trainer spawns its own."""
+    """Running SGLang servers to attach to; empty, with urls_file: the trainer spawns its own."""
+    urls_file: str = ""
+    """File with the URL of a running server on each line, read again before every step: servers join and leave."""
+    num_servers: int = 1
+    """Servers that the trainer spawns, each with its own tensor-parallel ranks."""
     port: int = 0
-    """Port of the spawned server on loopback; 0 takes a free one."""
+    """Port of the first spawned server on loopback, the next ones follow; 0 takes free ones."""
     server_tensor: int = 1
-    """Tensor-parallel size of each server, spawned or attached."""
+    """Tensor-parallel size of each spawned server; attached ones say theirs themselves."""
     server_args: tuple[str, ...] = ()
     """More arguments for `sglang.launch_server`, as on its command line."""
     max_total_tokens: int = 20_000
-    """KV-cache size of the spawned server, in tokens, if context_length is not larger (CPU only)."""
+    """KV-cache size of a spawned server, in tokens, if context_length is not larger (CPU only)."""
+    release_memory: bool = False
+    """Servers share the trainer's GPUs: they give their memory back while the trainer computes."""
     startup_deadline_s: float = 300.0
     """A spawned server must be healthy within this time."""
+    health_deadline_s: float = 60.0
+    """A server without a sign of life for so long is taken for dead, and its requests go to others."""
+    restart_backoff_s: float = 1.0
+    """Wait before a server that has died is started again; it doubles each time, up to a minute."""
     request_deadline_s: float = 600.0
     """One step's sampling must end within this time."""
     max_concurrent_requests: int = 64
     """Requests in flight at once; a request holds the samples of one prompt."""
     max_retries: int = 3
-    """Times that a failed request is sent again, and that a dead server is restarted in one step."""
+    """Times that a failed request is sent again, and that a failed weight sync or step's sampling is repeated."""
+
+    @property
+    def spawns_servers(self) -> bool:
+        """Whether the trainer starts its servers itself, rather than attach to running ones."""
+        return not (self.urls or self.urls_file)
 
 
 @dataclass(frozen=True)
@@ -269,12 +284,40 @@ class OptimizerConfig:
 class WeightSyncConfig:
     """How trained weights reach the servers."""
 
-    transport: str = "broadcast"
-    """broadcast (one process group a pipeline stage; gloo or NCCL) or disk (safetensors)."""
+    transports: tuple[str, ...] = ("broadcast", "disk")
+    """Tried in this order until a sync is verified: broadcast, disk, ipc (servers on the trainer's GPUs), delta."""
+    dtype: str = "auto"
+    """Of the servers' weights: auto (model.dtype), float32, bfloat16, or float8 (128 x 128 blocks with scales)."""
     bucket_mb: int = 256
-    """Size of one bucket of gathered weights."""
+    """Unit of memory, in MiB: gathering and sending together hold at most two of these beside the model."""
     deadline_s: float = 300.0
-    """One attempt at a sync must end within this time."""
+    """Each phase of a sync (begin, send, commit, verify, release) must end within this time."""
+    verify: str = "full"
+    """Tensors whose checksums are compared at every sync: full (all), sample (an eighth of the layers) or off."""
+    unverified: tuple[str, ...] = ()
+    """Server tensors with any of these in their names are left out of the comparison."""
+    pause: str = "drain"
+    """What a sync does with running requests: drain (await them), abort, or retract (they go on with new weights)."""
+    disk_path: str = ""
+    """Folder that the disk transport writes anew at each sync; empty: weights in run.dir."""
+    disk_path_on_servers: str = ""
+    """The same folder as the servers see it; empty: as the trainer does."""
+    delta_full_every: int = 20
+    """Every so many syncs delta sends all weights, as broadcast does."""
+
+
+@dataclass(frozen=True)
+class ParityConfig:
+    """Trainer against engine: thresholds for the mean absolute difference of sampled tokens' log-probs in a step."""
+
+    warn: float = 0.05
+    """Above it the cause is looked for and logged; 0: never."""
+    correct: float = 0.0
+    """Above it the step's loss uses truncated importance weights; 0: never."""
+    stop: float = 0.5
+    """Above it the run ends, with the cause; 0: never."""
+    responses: int = 8
+    """Responses that the search for a cause scores again."""
 
 
 @dataclass(frozen=True)
@@ -335,6 +378,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
+    parity: ParityConfig = field(default_factory=ParityConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sft: SftConfig = field(default_factory=SftConfig)

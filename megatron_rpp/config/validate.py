@@ -35,7 +35,8 @@ def validate(config: Config, command: Command) -> None:
     check_algorithm(config)
     _check_batches(config)
     _check_lengths(config)
-    _check_urls(config)
+    _check_servers(config)
+    _check_weight_sync(config)
     _check_sources(config)
     _check_learning_rate("optimizer", config.optimizer.lr, config.optimizer.min_lr)
 
@@ -82,10 +83,25 @@ def _check_lengths(config: Config) -> None:
         )
 
 
-def _check_urls(config: Config) -> None:
-    for url in config.rollout.urls:
+def _check_servers(config: Config) -> None:
+    rollout = config.rollout
+    for url in rollout.urls:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"rollout.urls={url} must start with http:// or https://")
+    if rollout.urls_file:
+        _require_file("rollout.urls_file", rollout.urls_file)
+    if rollout.urls and rollout.urls_file:
+        raise ConfigError("rollout.urls and rollout.urls_file are both set; write all URLs into the file")
+    if rollout.port and rollout.port + rollout.num_servers - 1 > 65535:
+        raise ConfigError(f"rollout.port={rollout.port} leaves no ports for rollout.num_servers={rollout.num_servers}")
+
+
+def _check_weight_sync(config: Config) -> None:
+    sync = config.weight_sync
+    if not sync.transports:
+        raise ConfigError("weight_sync.transports is empty; name at least one, such as broadcast")
+    if len(set(sync.transports)) < len(sync.transports):
+        raise ConfigError(f"weight_sync.transports={','.join(sync.transports)} names one twice")
 
 
 def _check_sources(config: Config) -> None:

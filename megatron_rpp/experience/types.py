@@ -11,7 +11,7 @@ Every [B, S] tensor is aligned with `tokens`: position t holds what belongs to t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,14 @@ class Prompt:
     metadata: dict[str, Any] = field(default_factory=dict)  # what a verifier may want
 
 
+class VersionSpan(NamedTuple):
+    """Response tokens [start, end) were sampled by the weights of `version`; -1: weights that no sync has named."""
+
+    version: int
+    start: int
+    end: int
+
+
 @dataclass(frozen=True)
 class Rollout:
     """One sampled response. `response_ids` ends with the stop token when finish_reason is "stop"."""
@@ -38,10 +46,17 @@ class Rollout:
     rollout_logprobs: tuple[float, ...]  # the engine's, one a response token
     text: str  # the response, decoded, without special tokens
     finish_reason: str  # stop | length
-    policy_version: int  # of the weights that sampled it
+    version_spans: tuple[VersionSpan, ...]  # which weights sampled it, in the order of its tokens
+    engine_prompt_ids: tuple[int, ...] | None = None  # that the engine says it sampled behind; None: it does not say
 
     def __post_init__(self) -> None:
         assert len(self.rollout_logprobs) == len(self.response_ids), "one log-prob a response token"
+        assert self.version_spans, "a response was sampled by some version"
+
+    @property
+    def policy_version(self) -> int:
+        """The newest version of the policy that sampled any of it."""
+        return max(span.version for span in self.version_spans)
 
     @property
     def is_truncated(self) -> bool:

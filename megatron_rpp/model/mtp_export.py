@@ -13,25 +13,33 @@ from megatron_rpp.model.hf_mapping.mtp import CONFIG_KEY, is_mtp, mtp_copies, st
 from megatron_rpp.model.load_megatron import is_megatron_directory
 
 
+def open_mtp(source: str, mtp: str) -> HFTensors | None:
+    """The files that hold the MTP layers of the directory `source`; None where none are wanted or there.
+
+    mtp: `drop` leaves them out. A Megatron directory gives none. Raises OSError or ValueError where the
+    directory can no longer be read.
+    """
+    if mtp == "drop" or is_megatron_directory(source):
+        return None
+    return HFTensors(source, allow_pickle=True)  # if there are pickles alone, the run was allowed to start from them
+
+
 def with_mtp_layers(
     source: str,
-    mtp: str,
+    files: HFTensors | None,
     tensors: Iterator[tuple[str, Tensor]],
     is_last_stage: bool,
     read: Callable[[HFTensors, str], Tensor] = HFTensors.read,
 ) -> Iterator[tuple[str, Tensor]]:
     """A pipeline stage's `tensors` by HF name, and on the last stage the MTP layers of the directory `source`.
 
-    mtp: `drop` leaves these out. Copies of the embedding and the output weights follow what they repeat.
-    A Megatron directory gives none. `read` gives a tensor of the source. Raises ValueError where it no
-    longer can be read.
+    files: of `open_mtp`. Copies of the embedding and the output weights follow what they repeat. `read`
+    gives a tensor of the source.
     """
-    hf = read_hf_config(source)
-    if mtp == "drop" or is_megatron_directory(source):
+    if files is None:
         yield from tensors
         return
-    files = HFTensors(source, allow_pickle=True)  # if there are pickles alone, the run was allowed to start from them
-    hf = stored_mtp(hf, files.names)
+    hf = stored_mtp(read_hf_config(source), files.names)
     copies = mtp_copies(hf)
     for name, tensor in tensors:
         yield name, tensor

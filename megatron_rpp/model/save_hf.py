@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,22 +12,34 @@ from torch import Tensor
 
 from megatron_rpp.device import dtype_name
 from megatron_rpp.model.build import Model
-from megatron_rpp.model.export_hf import empty_hf_tensors, entries_of, hf_tensors, takes_part_in_export
+from megatron_rpp.model.export_hf import entries_of, takes_part_in_export
+from megatron_rpp.model.hf_io.fp8_blocks import quantization_config
 from megatron_rpp.model.hf_io.model_files import copy_model_files
 from megatron_rpp.model.hf_io.safetensors_writer import Entry, name_files, split_entries, write_file, write_index
 from megatron_rpp.model.hf_io.tensors import HFTensors
-from megatron_rpp.model.mtp_export import mtp_changes, with_mtp_layers
-from megatron_rpp.parallel.collectives import gather_errors, gather_objects, on_rank_0
+from megatron_rpp.model.mtp_export import mtp_changes, open_mtp, with_mtp_layers
+from megatron_rpp.model.stage_export import StageExport
+from megatron_rpp.parallel.collectives import Gather, gather_errors, gather_objects, on_rank_0
 
 FILE_BYTES = 4_000_000_000
 Files = list[tuple[str, list[Entry]]]
 
 
-def save_hf(model: Model, source: str, out: str, *, mtp: str = "keep", include_code: bool = False) -> None:
-    """Write the whole model to `out`; config and tokenizer come from `source`.
+def save_hf(
+    model: Model,
+    source: str,
+    out: str,
+    *,
+    mtp: str = "keep",
+    include_code: bool = False,
+    export: StageExport | None = None,
+    gather: Gather = gather_objects,
+) -> int:
+    """Write the whole model to `out`; config and tokenizer come from `source`. Returns the bytes of this rank's files.
 
     mtp: `keep` or `drop` the multi-token prediction layers of `source`, which training does not change.
-    include_code: also copy the Python files of `source`.
+    include_code: also copy the Python files of `source`. export: of `model`; None: as it is. gather: how the
+    ranks tell each other what they plan and what went wrong.
 
     A collective over the whole job. Each stage of the first replica writes its own safetensors files; the
     directory appears under its final name only when it is complete.
@@ -34,54 +47,65 @@ def save_hf(model: Model, source: str, out: str, *, mtp: str = "keep", include_c
     Raises OSError on every rank if any rank could not write.
     """
     final = Path(out)
-    partial = final.with_name(final.name + ".partial")
-    on_rank_0(lambda: make_empty(partial))
-    files, own = _plan(model, source, mtp)
-    _write(model, source, mtp, partial, own)
+    partial = partial_of(final)
+    export = export or StageExport(model)
+    on_rank_0(lambda: make_empty(partial), gather=gather)
+    plan = _plan(export, source, mtp, gather)
+    _write(export, source, partial, plan, gather)
 
     def finish() -> None:
-        write_index(partial, files)
-        dtype = dtype_name(model.config.params_dtype)
-        changes = mtp_changes(source, [entry.name for _, entries in files for entry in entries])
-        copy_model_files(Path(source), partial, dtype=dtype, include_code=include_code, changes=changes)
+        write_index(partial, plan.files)
+        changes = mtp_changes(source, [entry.name for _, entries in plan.files for entry in entries])
+        dtype, quantization = dtype_name(export.main_dtype), quantization_config() if export.is_fp8 else None
+        copy_model_files(
+            Path(source), partial, dtype=dtype, include_code=include_code, quantization=quantization, changes=changes
+        )
         replace_directory(partial, final)
 
-    on_rank_0(finish, expect=(OSError, ValueError))
+    on_rank_0(finish, expect=(OSError, ValueError), gather=gather)
+    return sum(entry.nbytes for _, entries in plan.own for entry in entries)
 
 
-def _plan(model: Model, source: str, mtp: str) -> tuple[Files, Files]:
-    """(every file of the directory with its tensors, those that this rank writes)."""
+@dataclass(frozen=True)
+class _Plan:
+    files: Files  # every file of the directory with its tensors
+    own: Files  # those that this rank writes
+    mtp: HFTensors | None  # on a writer: where the MTP layers come from
+
+
+def _plan(export: StageExport, source: str, mtp: str, gather: Gather) -> _Plan:
     runs: list[list[Entry]] = []
-    error = None
-    if _is_writer(model):
+    files = error = None
+    if export.model.parallel.is_stage_leader:
         try:
-            stage = empty_hf_tensors(model)
-            tensors = with_mtp_layers(source, mtp, stage, model.parallel.is_last_stage, read=_empty)
+            files = open_mtp(source, mtp)
+            is_last = export.model.parallel.is_last_stage
+            tensors = with_mtp_layers(source, files, export.empty(), is_last, read=_empty)
             runs = split_entries(entries_of(tensors), FILE_BYTES)
         except (OSError, ValueError) as caught:
             error = str(caught)
-    if failed := gather_errors(error):
+    if failed := gather_errors(error, gather):
         raise OSError(failed)
-    of_ranks = gather_objects(runs)
-    files = name_files([run for rank in of_ranks for run in rank])
-    first = sum(len(rank) for rank in of_ranks[: model.parallel.rank])
-    return files, files[first : first + len(runs)]
+    of_ranks = gather(runs)
+    named = name_files([run for rank in of_ranks for run in rank])
+    first = sum(len(rank) for rank in of_ranks[: export.model.parallel.rank])
+    return _Plan(named, named[first : first + len(runs)], files)
 
 
-def _write(model: Model, source: str, mtp: str, folder: Path, own: Files) -> None:
+def _write(export: StageExport, source: str, folder: Path, plan: _Plan, gather: Gather) -> None:
     """Write this rank's files. After an error the gathers still run to their end, so that no rank waits."""
     error = None
-    if takes_part_in_export(model):
-        gathered = hf_tensors(model)
-        if _is_writer(model):
-            tensors = with_mtp_layers(source, mtp, gathered, model.parallel.is_last_stage)
+    if takes_part_in_export(export.model):
+        gathered = export.tensors()
+        if export.model.parallel.is_stage_leader:
+            tensors = with_mtp_layers(source, plan.mtp, gathered, export.model.parallel.is_last_stage)
             try:
-                for name, entries in own:
+                for name, entries in plan.own:
                     write_file(folder / name, entries, tensors)
             except (OSError, ValueError) as caught:
                 error = str(caught)
         deque(gathered, maxlen=0)
-    if failed := gather_errors(error):
+    if failed := gather_errors(error, gather):
         raise OSError(failed)
 
 
@@ -89,8 +113,9 @@ def _empty(files: HFTensors, name: str) -> Tensor:
     return torch.empty(files.shape(name), dtype=files.dtype(name), device="meta")
 
 
-def _is_writer(model: Model) -> bool:
-    return model.parallel.dp_rank == 0 and model.parallel.tp_rank == 0
+def partial_of(final: Path) -> Path:
+    """Where the directory `final` is written until it is complete."""
+    return final.with_name(final.name + ".partial")
 
 
 def make_empty(folder: Path) -> None:

@@ -35,6 +35,8 @@ class RolloutLike(Protocol):
     def finish_reason(self) -> str: ...
     @property
     def policy_version(self) -> int: ...
+    @property
+    def version_spans(self) -> Sequence[tuple[int, int, int]]: ...  # (version, start, end) in response tokens
 
 
 def rollouts_path(run_dir: str | Path, step: int, replica: int = 0) -> Path:
@@ -72,5 +74,6 @@ def _record(rollout: RolloutLike, reward: float) -> dict[str, Any]:
         "response_tokens": len(rollout.response_ids),
         "finish_reason": rollout.finish_reason,
         "policy_version": rollout.policy_version,
+        "version_spans": rollout.version_spans,
         "reward": reward,
     }

@@ -25,10 +25,9 @@ def initialize(config: ParallelConfig, seed: int, longest_wait_s: float = 0.0) -
     assert world_size == config.tensor * config.pipeline * config.data, "cli checks it for the user"
     timeout = COLLECTIVE_TIMEOUT + timedelta(seconds=longest_wait_s)
     device.select()
-    dist.init_process_group(
-        device.backend(), store=_store(rank, world_size), rank=rank, world_size=world_size, timeout=timeout
-    )
-    return _megatron_groups(config, seed)
+    store = _store(rank, world_size)
+    dist.init_process_group(device.backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
+    return _megatron_groups(config, seed, store)
 
 
 def _store(rank: int, world_size: int) -> dist.TCPStore:
@@ -43,7 +42,7 @@ def _store(rank: int, world_size: int) -> dist.TCPStore:
     )
 
 
-def _megatron_groups(config: ParallelConfig, seed: int) -> ParallelContext:
+def _megatron_groups(config: ParallelConfig, seed: int, store: dist.Store) -> ParallelContext:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -65,6 +64,7 @@ def _megatron_groups(config: ParallelConfig, seed: int) -> ParallelContext:
         etp_group=parallel_state.get_expert_tensor_parallel_group(),
         vpp_size=config.virtual_pipeline,
         device=device.current(),
+        store=store,
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ from torch.distributed import ProcessGroup
 from megatron_rpp.parallel.context import ParallelContext
 
 T = TypeVar("T")
+Gather = Callable[[Any], list[Any]]
+"""A rank's value -> those of every rank of the job, in rank order, as `gather_objects` does."""
 
 
 def sum_over(group: ProcessGroup) -> Callable[[Tensor], Tensor]:
@@ -81,9 +84,9 @@ def gather_objects(value: T, group: ProcessGroup | None = None) -> list[T]:
     return values
 
 
-def gather_errors(error: str | None) -> str | None:
+def gather_errors(error: str | None, gather: Gather = gather_objects) -> str | None:
     """What went wrong on any rank of the job, by rank; None where nothing did. Every rank must call it."""
-    found = [f"rank {rank}: {text}" for rank, text in enumerate(gather_objects(error)) if text]
+    found = [f"rank {rank}: {text}" for rank, text in enumerate(gather(error)) if text]
     return "; ".join(found) or None
 
 
@@ -92,6 +95,7 @@ def on_rank_0(
     *,
     expect: type[Exception] | tuple[type[Exception], ...] = OSError,
     raises: type[Exception] = OSError,
+    gather: Gather = gather_objects,
 ) -> None:
     """Run `action` on rank 0 while the others wait. An `expect` there is raised on every rank as a `raises`."""
     error = None
@@ -100,14 +104,19 @@ def on_rank_0(
             action()
         except expect as caught:
             error = str(caught)
-    if failed := gather_errors(error):
+    if failed := gather_errors(error, gather):
         raise raises(failed)
 
 
-def gather_shards(shard: Tensor, group: ProcessGroup) -> list[Tensor]:
-    """The equally shaped shards of every rank of `group`, in rank order."""
+def gather_shards(shard: Tensor, group: ProcessGroup, timeout: timedelta | None = None) -> list[Tensor]:
+    """The equally shaped shards of every rank of `group`, in rank order.
+
+    timeout: RuntimeError past it, and the group is lost; None: the group's own.
+    """
     if group.size() == 1:
         return [shard]
     shards = [torch.empty_like(shard) for _ in range(group.size())]
-    dist.all_gather(shards, shard.contiguous(), group=group)
+    work = dist.all_gather(shards, shard.contiguous(), group=group, async_op=True)
+    assert work is not None
+    work.wait(timeout) if timeout else work.wait()
     return shards

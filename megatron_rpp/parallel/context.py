@@ -26,6 +26,7 @@ class ParallelContext:
     etp_group: ProcessGroup  # the ranks that share out each expert's rows or columns
     vpp_size: int
     device: torch.device
+    store: dist.Store  # the job's; for what must not wait in a collective (parallel/exchange.py)
 
     @property
     def rank(self) -> int:
@@ -71,3 +72,8 @@ class ParallelContext:
     def is_replica_leader(self) -> bool:
         """The rank that talks to the rollout engine for its replica."""
         return self.replica_group.rank() == 0
+
+    @property
+    def is_stage_leader(self) -> bool:
+        """The rank that speaks for its pipeline stage: the first of the first replica's."""
+        return self.tp_rank == 0 and self.dp_rank == 0

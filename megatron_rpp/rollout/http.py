@@ -30,10 +30,15 @@ def post_json(url: str, endpoint: str, payload: dict[str, object], timeout_s: fl
     return _call("POST", url, endpoint, payload, timeout_s)
 
 
+def get_json(url: str, endpoint: str, timeout_s: float) -> dict[str, object]:
+    """GET url/endpoint, like `post_json`."""
+    return _call("GET", url, endpoint, None, timeout_s)
+
+
 def is_healthy(url: str, timeout_s: float) -> bool:
     """GET url/health answers 200: SGLang does so once its scheduler gave a sign of life, after about 1 s."""
     try:
-        _call("GET", url, "health", None, timeout_s)
+        get_json(url, "health", timeout_s)
     except RolloutError:
         return False
     return True

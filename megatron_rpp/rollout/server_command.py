@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_rpp.config.schema import RolloutConfig
+from megatron_rpp.config.errors import ConfigError
+from megatron_rpp.config.schema import Config, RolloutConfig
 from megatron_rpp.device import sglang_cpu
+from megatron_rpp.model.hf_io import fp8_blocks
 
 HOST = "127.0.0.1"
 
@@ -23,31 +26,66 @@ _CPU_FLAGS = (
     *("--cuda-graph-backend-decode", "disabled"),
     *("--cuda-graph-backend-prefill", "disabled"),
     "--skip-server-warmup",
+    "--sleep-on-idle",  # an idle scheduler would take half a core from the trainer
     "--enable-deterministic-inference",  # per-sample seeds; see device/sglang_cpu/plugin
 )
 
 
+def server_dtype(config: Config) -> str:
+    """Type of the servers' weights: float32, bfloat16 or float8."""
+    return config.model.dtype if config.weight_sync.dtype == "auto" else config.weight_sync.dtype
+
+
 def server_command(
-    model_path: str, rollout: RolloutConfig, dtype: str, device: str, port: int, *, trust_remote_code: bool = False
+    model_path: str,
+    rollout: RolloutConfig,
+    dtype: str,
+    device: str,
+    port: int,
+    *,
+    trust_remote_code: bool = False,
+    base_gpu: int = 0,
+    weight_loader: str | None = None,
 ) -> list[str]:
-    """The command; `rollout.server_args` come last, so that they win."""
+    """The command; `rollout.server_args` come last, so that they win. Raises ConfigError for float8 on CPU."""
     command = [
         *(sys.executable, "-m", "sglang.launch_server"),
         *("--model-path", model_path),
         *("--host", HOST, "--port", str(port)),
-        *("--device", device, "--dtype", dtype),
+        *("--device", device),
+        *_weight_flags(model_path, dtype, device),
         *("--tp-size", str(rollout.server_tensor)),
         *("--context-length", str(rollout.context_length)),
         "--skip-tokenizer-init",  # token ids go in and come out; the trainer decodes
     ]
     if trust_remote_code:
         command.append("--trust-remote-code")
-    if not any(Path(model_path).glob("*.safetensors")) and not any(Path(model_path).glob("*.bin")):
-        command += ["--load-format", "dummy"]  # a Megatron directory: the first weight sync brings the weights
+    if weight_loader is not None:
+        command += ["--custom-weight-loader", weight_loader]
     if device == "cpu":
         # Without a limit the KV cache takes all memory.
         command += [*_CPU_FLAGS, "--max-total-tokens", str(max(rollout.max_total_tokens, rollout.context_length))]
+    else:
+        # Fused into the routed experts, shared ones could not be compared with the trainer's (weight_sync).
+        command += ["--base-gpu-id", str(base_gpu), "--disable-shared-experts-fusion"]
+        if rollout.release_memory:  # on CPU there is no memory saver: SGLang would die of its missing package
+            command.append("--enable-memory-saver")
     return [*command, *rollout.server_args]
+
+
+def _weight_flags(model_path: str, dtype: str, device: str) -> list[str]:
+    """The type of the weights; and none are loaded where the first sync must bring them."""
+    if dtype == "float8":
+        if device == "cpu":
+            raise ConfigError(
+                "weight_sync.dtype=float8 needs servers on GPUs: SGLang has no FP8 kernels for CPUs here; "
+                "choose auto, float32 or bfloat16"
+            )
+        override = json.dumps({"quantization_config": fp8_blocks.quantization_config()})
+        return ["--dtype", "bfloat16", "--load-format", "dummy", "--json-model-override-args", override]
+    if not any(Path(model_path).glob("*.safetensors")) and not any(Path(model_path).glob("*.bin")):
+        return ["--dtype", dtype, "--load-format", "dummy"]  # a Megatron directory
+    return ["--dtype", dtype]
 
 
 def server_environment(base: Mapping[str, str], rollout: RolloutConfig, device: str) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,18 +11,23 @@ import aiohttp
 from megatron_rpp.config.schema import RolloutConfig
 from megatron_rpp.experience.types import Prompt, Rollout
 from megatron_rpp.rollout.http import HttpFailure, is_healthy, post_json, reply_message
+from megatron_rpp.rollout.payloads import generate_payloads
 from megatron_rpp.rollout.protocol import ProgressCallback, RolloutEngine, RolloutError, SamplingParams
+from megatron_rpp.rollout.replies import check_samples, other_versions, to_rollout
+from megatron_rpp.rollout.server_pool import ServerLost, ServerPool
 
 _FIRST_BACKOFF_S = 0.25
 _MAX_BACKOFF_S = 8.0
-_UNSYNCED = -1  # policy version of weights that no sync has named yet
+Samples = list[dict[str, Any]]
 
 
 class SGLangClient(RolloutEngine):
-    """`generate` spreads the prompts over `urls`; the other methods serve weight sync."""
+    """`generate` spreads the prompts over `urls`; a server that dies or falls silent meanwhile is done without."""
 
     def __init__(self, urls: Sequence[str], rollout: RolloutConfig, decode: Callable[[Sequence[int]], str]) -> None:
-        self.urls = tuple(urls)  # may be set later, once the servers are up
+        self.urls = tuple(urls)  # of the serving ones; may be set later, once the servers are up
+        self.version: int | None = None  # policy version that every sampled token must come from; None: any
+        self.suspects: set[str] = set()  # URLs that the last `generate` gave up: dead, silent, or of another version
         self._rollout, self._decode = rollout, decode
 
     def generate(
@@ -39,14 +43,15 @@ class SGLangClient(RolloutEngine):
         `group_ids` are the prompts' positions in the global batch, from which their samples' seeds derive;
         None: `prompts` is the global batch.
 
-        Raises RolloutError when a server refuses a request, when retries did not help, or past
-        rollout.request_deadline_s; ValueError for a prompt that fills rollout.context_length.
+        Raises RolloutError when a server refuses a request, when retries did not help, when no server is
+        left, or past rollout.request_deadline_s; ValueError for a prompt that fills rollout.context_length.
         """
+        self.suspects = set()
         if not self.urls:
             raise RolloutError("no SGLang server to sample from: SGLangClient.urls is empty")
         group_ids = range(len(prompts)) if group_ids is None else group_ids
         payloads = generate_payloads(prompts, group_ids, sampling, self._rollout.context_length)
-        replies = asyncio.run(self._send_all(payloads, progress))
+        replies = asyncio.run(self._send_all(payloads, group_ids, progress))
         return [
             to_rollout(prompt, group_id, sample, self._decode, sampling.stop_token_ids)
             for prompt, group_id, samples in zip(prompts, group_ids, replies, strict=True)
@@ -54,26 +59,29 @@ class SGLangClient(RolloutEngine):
         ]
 
     async def _send_all(
-        self, payloads: Sequence[dict[str, Any]], progress: ProgressCallback | None
-    ) -> list[list[dict[str, Any]]]:
+        self, payloads: Sequence[dict[str, Any]], turns: Sequence[int], progress: ProgressCallback | None
+    ) -> list[Samples]:
         asked, done = sum(len(payload["input_ids"]) for payload in payloads), 0
         free = asyncio.Semaphore(self._rollout.max_concurrent_requests)
-        timeout = aiohttp.ClientTimeout(total=None)  # the deadline below is the only one
-        connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+        async with _open_session() as session:
+            pool = ServerPool(self.urls, self._rollout.health_deadline_s, session)
 
-            async def one(index: int) -> list[dict[str, Any]]:
+            async def one(index: int) -> Samples:
                 nonlocal done
                 async with free:
-                    samples = await self._send(session, index, payloads[index])
+                    samples = await self._send(pool, session, payloads[index], turns[index])
                 done += len(samples)
                 if progress is not None:
                     progress(done, asked)
                 return samples
 
             try:
-                async with asyncio.timeout(self._rollout.request_deadline_s), asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(one(index)) for index in range(len(payloads))]
+                async with (
+                    asyncio.timeout(self._rollout.request_deadline_s),
+                    pool.watched(),
+                    asyncio.TaskGroup() as all_,
+                ):
+                    tasks = [all_.create_task(one(index)) for index in range(len(payloads))]
             except TimeoutError as error:
                 raise RolloutError(
                     f"{done} of {asked} responses came from {', '.join(self.urls)} within "
@@ -81,27 +89,46 @@ class SGLangClient(RolloutEngine):
                 ) from error
             except ExceptionGroup as group_error:
                 raise group_error.exceptions[0] from None  # the others were cancelled or say the same
+            finally:
+                self.suspects = pool.suspects
         return [task.result() for task in tasks]
 
-    async def _send(self, session: aiohttp.ClientSession, index: int, payload: dict[str, Any]) -> list[dict[str, Any]]:
-        """One prompt's samples; a retry goes to the next server."""
-        cause = ""
-        for attempt in range(self._rollout.max_retries + 1):
-            if attempt:
-                await asyncio.sleep(min(_FIRST_BACKOFF_S * 2 ** (attempt - 1), _MAX_BACKOFF_S))
-            url = self.urls[(index + attempt) % len(self.urls)]
+    async def _send(
+        self, pool: ServerPool, session: aiohttp.ClientSession, payload: dict[str, Any], turn: int
+    ) -> Samples:
+        """One prompt's samples, from the first server that gives them.
+
+        It may fail max_retries + 1 times, but is tried on every server that is left. Servers given up do not count.
+        """
+        failed: list[str] = []  # URLs
+        while True:
+            server = pool.pick(turn, failed)
+            if again := failed.count(server.url):
+                await asyncio.sleep(min(_FIRST_BACKOFF_S * 2 ** (again - 1), _MAX_BACKOFF_S))
             try:
-                samples = await _request(session, url, payload)
+                samples = await pool.run(server, _request(session, server.url, payload))
+            except ServerLost:
+                continue
+            except aiohttp.ClientConnectorError as error:
+                pool.give_up(server, str(error))
             except (aiohttp.ClientError, OSError, HttpFailure, ValueError) as error:
-                cause = f"{url}/generate: {str(error) or type(error).__name__}"
+                cause = f"{server.url}/generate: {str(error) or type(error).__name__}"
                 if isinstance(error, HttpFailure) and not error.is_transient:
                     raise RolloutError(cause) from error
+                failed.append(server.url)
+                server.failures += 1
+                self._raise_if_hopeless(pool, failed, cause)
             else:
-                if len(samples) != len(payload["input_ids"]):
-                    asked = len(payload["input_ids"])
-                    raise RolloutError(f"{url}/generate: {len(samples)} samples of {asked} asked came back")
-                return samples
-        raise RolloutError(f"{cause} (after rollout.max_retries={self._rollout.max_retries} retries)")
+                if self.version is None or not (others := other_versions(samples, self.version)):
+                    return samples
+                pool.give_up(server, f"samples from version {min(others)}, not {self.version}")
+
+    def _raise_if_hopeless(self, pool: ServerPool, failed: Sequence[str], cause: str) -> None:
+        left = pool.left()
+        if len(failed) > self._rollout.max_retries and all(server.url in failed for server in left):
+            for server in left:
+                pool.give_up(server, cause)
+            raise RolloutError(f"{cause} (after rollout.max_retries={self._rollout.max_retries} retries)")
 
     def post(self, url: str, endpoint: str, payload: dict[str, object], timeout_s: float) -> dict[str, object]:
         """POST JSON and give the JSON reply. Raises RolloutError with url, endpoint and reply."""
@@ -116,90 +143,19 @@ class SGLangClient(RolloutEngine):
         self.post(url, "flush_cache", {}, timeout_s)
 
 
-async def _request(session: aiohttp.ClientSession, url: str, payload: dict[str, Any]) -> list[dict[str, Any]]:
+def _open_session() -> aiohttp.ClientSession:
+    # A connection is used once: SGLang closes idle ones after 5 s, and a request that met this would look like
+    # one that the server has lost. The deadline of the whole call is the only one.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
+
+
+async def _request(session: aiohttp.ClientSession, url: str, payload: dict[str, Any]) -> Samples:
     async with session.post(f"{url.rstrip('/')}/generate", json=payload) as response:
         if response.status != 200:
             raise HttpFailure(response.status, reply_message(await response.text()))
-        reply = await response.json(content_type=None)
-    samples = reply if isinstance(reply, list) else [reply]
-    for sample in samples:
-        finish = sample["meta_info"]["finish_reason"]["type"] if _is_sample(sample) else "no sample"
-        if finish not in ("stop", "length"):
-            raise ValueError(f"a response that did not end by itself: {finish}: {str(sample)[:200]}")
+        samples = check_samples(await response.json(content_type=None))
+    asked = len(payload["input_ids"])
+    if len(samples) != asked:
+        raise RolloutError(f"{url}/generate: {len(samples)} samples of {asked} asked came back")
     return samples
-
-
-def _is_sample(sample: Any) -> bool:
-    """It has what `to_rollout` reads."""
-    meta = sample.get("meta_info") if isinstance(sample, dict) else None
-    return isinstance(meta, dict) and "output_token_logprobs" in meta and bool(meta.get("finish_reason"))
-
-
-def generate_payloads(
-    prompts: Sequence[Prompt], group_ids: Sequence[int], sampling: SamplingParams, context_length: int
-) -> list[dict[str, Any]]:
-    """Bodies of `/generate`, one a prompt, with the prompt repeated and a seed for each sample."""
-    payloads = []
-    for prompt, group_id in zip(prompts, group_ids, strict=True):
-        params = _sampling_params(prompt, sampling, context_length)
-        seeds = (sample_seed(sampling.seed, group_id, i) for i in range(sampling.num_samples_per_prompt))
-        payloads.append(
-            {
-                "input_ids": [list(prompt.token_ids)] * sampling.num_samples_per_prompt,
-                "sampling_params": [params | {"sampling_seed": seed} for seed in seeds],
-                "return_logprob": True,
-            }
-        )
-    return payloads
-
-
-def _sampling_params(prompt: Prompt, sampling: SamplingParams, context_length: int) -> dict[str, Any]:
-    room = context_length - len(prompt.token_ids)
-    if room < 1:
-        raise ValueError(
-            f"rollout.context_length={context_length} leaves no room for a response to prompt "
-            f"{prompt.id} of {len(prompt.token_ids)} tokens; raise it or drop the prompt"
-        )
-    return {
-        "max_new_tokens": min(sampling.max_response_tokens, room),
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "stop_token_ids": list(sampling.stop_token_ids),
-    }
-
-
-def sample_seed(seed: int, group_id: int, sample_index: int) -> int:
-    """Seed of one sample, in [0, 2^63): the same on every data-parallel layout, and after a retry."""
-    key = f"{seed}/{group_id}/{sample_index}".encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
-
-
-def to_rollout(
-    prompt: Prompt,
-    group_id: int,
-    sample: dict[str, Any],
-    decode: Callable[[Sequence[int]], str],
-    stop_ids: Sequence[int],
-) -> Rollout:
-    """A Rollout from one sample of SGLang's reply; the decoded text leaves out the final stop token."""
-    meta = sample["meta_info"]
-    entries = meta["output_token_logprobs"]  # [log-prob, id, text] each
-    ids = tuple(int(entry[1]) for entry in entries)
-    is_stopped = bool(ids) and ids[-1] in stop_ids
-    return Rollout(
-        prompt=prompt,
-        group_id=group_id,
-        response_ids=ids,
-        rollout_logprobs=tuple(float(entry[0]) for entry in entries),
-        text=decode(ids[:-1] if is_stopped else ids),
-        finish_reason=meta["finish_reason"]["type"],
-        policy_version=parse_version(meta.get("weight_version")),
-    )
-
-
-def parse_version(weight_version: str | None) -> int:
-    """Policy version that a sync wrote as `weight_version`; -1 for a server that was never synced."""
-    try:
-        return int(weight_version or "")
-    except ValueError:
-        return _UNSYNCED

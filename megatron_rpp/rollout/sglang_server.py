@@ -43,18 +43,30 @@ class SGLangServer:
         log_path: Path,
         device: str = "cpu",
         trust_remote_code: bool = False,
+        base_gpu: int = 0,  # its ranks take this GPU and the next ones
+        weight_loader: str | None = None,  # import path of a function for `load_format` of a weight update
         port: int | None = None,  # None: rollout.port; 0: a free one
         command: Callable[[int], list[str]] | None = None,  # of a port; tests put a small program here
     ) -> None:
         self._rollout, self._device, self._log_path = rollout, device, log_path
         self._wanted_port = rollout.port if port is None else port
         self._command = command or (
-            lambda p: server_command(model_path, rollout, dtype, device, p, trust_remote_code=trust_remote_code)
+            lambda p: server_command(
+                model_path,
+                rollout,
+                dtype,
+                device,
+                p,
+                trust_remote_code=trust_remote_code,
+                base_gpu=base_gpu,
+                weight_loader=weight_loader,
+            )
         )
         self._port = self._wanted_port
         self._process: subprocess.Popen[bytes] | None = None
         self._log_start = 0  # of the present process, in bytes: the log keeps earlier ones
         self._starts = 0  # since the last `start()`
+        self._started_at = 0.0  # monotonic seconds of the last `start()`
 
     @property
     def url(self) -> str:
@@ -69,25 +81,38 @@ class SGLangServer:
     def is_alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def ending(self) -> str | None:
+        """How the process ended by itself; None where it runs, or was not started."""
+        if self._process is None or self._process.poll() is None:
+            return None
+        return f"its process has ended ({_describe_exit(self._process.returncode)}); its log is {self._log_path}"
+
     def start(self) -> None:
         """Spawn; returns at once. Raises ValueError if the requested port is in use."""
         assert self._process is None, "start() on a server that was not stopped"
-        self._starts = 0
+        self._starts, self._started_at = 0, time.monotonic()
         self._spawn()
 
     def wait_ready(self, deadline_s: float) -> None:
         """Wait until it answers. Raises RolloutError with the end of its log if it dies or takes too long."""
-        end = time.monotonic() + deadline_s
         while not self._is_healthy():
-            if not self.is_alive():
-                self._retry_or_raise()
-            elif time.monotonic() > end:
-                self.stop()
-                raise RolloutError(
-                    f"SGLang server {self.url} was not ready after rollout.startup_deadline_s="
-                    f"{deadline_s:g} s; the end of its log {self._log_path}:\n{self.log_tail()}"
-                )
+            self.check_start(deadline_s)
             time.sleep(0.2)
+
+    def check_start(self, deadline_s: float) -> None:
+        """For a server that does not answer yet; spawns it again where it died for a reason that may pass.
+
+        Raises RolloutError with the end of its log where it has died or is later than `deadline_s`; it is stopped then.
+        """
+        if not self.is_alive():
+            self._retry_or_raise()
+        elif time.monotonic() - self._started_at > deadline_s:
+            self.stop()
+            raise RolloutError(
+                f"SGLang server {self.url} was not ready after rollout.startup_deadline_s="
+                f"{deadline_s:g} s; the end of its log {self._log_path}:\n{self.log_tail()}"
+            )
 
     def stop(self) -> None:
         """Kill the process and all of its group; returns when they are gone. Safe to call twice.

@@ -2,36 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
 from pathlib import Path
 
-from megatron_rpp.model.build import Model
-from megatron_rpp.model.save_hf import save_hf
-from megatron_rpp.parallel.collectives import on_rank_0
-from megatron_rpp.rollout.protocol import RolloutError
-from megatron_rpp.weight_sync.transport import Post, WeightSyncError
+import torch.distributed as dist
+
+from megatron_rpp.model.save_hf import partial_of, save_hf
+from megatron_rpp.weight_sync.in_flight import InFlight, Poster
+from megatron_rpp.weight_sync.transport import Shipment
 
 
 class DiskTransport:
-    """Writes `folder` anew at each sync and has every server load it."""
+    """Writes its folder anew at each sync and has every server load it."""
 
-    def __init__(self, post: Post, *, folder: Path, source: str, deadline_s: float, mtp: str = "keep") -> None:
-        """mtp: `keep` or `drop` the multi-token prediction layers of the directory `source`, beside the policy."""
-        self._post, self._folder, self._source, self._deadline_s = post, folder.resolve(), source, deadline_s
-        self._mtp = mtp
+    name = "disk"
+    streams = False
 
-    def send(self, policy: Model, urls: Sequence[str]) -> None:
-        """Write, then load. Raises WeightSyncError on every rank if writing failed or a server refused."""
+    def __init__(self, *, folder: Path, seen_as: str, source: str, mtp: str = "keep") -> None:
+        """seen_as: the folder's path on the servers. source: the directory of config.json and tokenizer.
+
+        mtp: `keep` or `drop` the multi-token prediction layers of `source`, beside the policy.
+        """
+        self._folder, self._seen_as, self._source, self._mtp = folder, seen_as, source, mtp
+        self._poster = Poster()
+
+    def send(self, shipment: Shipment) -> int:
+        """See Transport. A folder that could not be written whole is removed: the disk may be full."""
         try:
-            save_hf(policy, self._source, str(self._folder), mtp=self._mtp)
-        except OSError as failed:
-            raise WeightSyncError(str(failed)) from failed
-        on_rank_0(lambda: self._load(urls), expect=RolloutError, raises=WeightSyncError)
+            sent = save_hf(
+                shipment.policy,
+                self._source,
+                str(self._folder),
+                mtp=self._mtp,
+                export=shipment.export,
+                gather=shipment.gather,
+            )
+        except OSError:
+            if dist.get_rank() == 0:
+                shutil.rmtree(partial_of(self._folder), ignore_errors=True)
+            raise
+        if dist.get_rank() == 0:
+            payload: dict[str, object] = {"model_path": self._seen_as, "flush_cache": False}
+            payloads = dict.fromkeys(shipment.urls, payload)
+            replies = self._poster.post("update_weights_from_disk", payloads, shipment.deadline.left_s())
+            InFlight(self._folder, sent, replies).wait(shipment.deadline)
+        return sent
 
-    def _load(self, urls: Sequence[str]) -> None:
-        payload: dict[str, object] = {"model_path": str(self._folder), "flush_cache": False}
-        for url in urls:
-            self._post(url, "update_weights_from_disk", payload, self._deadline_s)
+    def settle(self, *, verified: bool) -> None:
+        """Nothing is built on the folder."""
 
     def close(self) -> None:
-        """Nothing is held between syncs."""
+        self._poster.close()

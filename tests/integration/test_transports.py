@@ -23,7 +23,7 @@ RUNS = {
     ),
     "dp2_disk": (
         "--parallel.data=2",
-        "--weight_sync.transport=disk",
+        "--weight_sync.transports=disk",
         "--algorithm.preset=remax",
         "--algorithm.kl_target=10.0",
         "--algorithm.kl_horizon=1000",

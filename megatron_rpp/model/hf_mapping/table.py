@@ -82,6 +82,15 @@ class Family:
                 return rule, tuple(name.format(**indices) for name in rule.hf)
         raise KeyError(f"no rule maps the Megatron parameter {megatron_name}; add one to hf_mapping")
 
+    def keeps_dtype(self, hf_name: str) -> bool:
+        """Whether conversion to another dtype leaves this Hugging Face tensor as it is stored."""
+        return any(pattern.fullmatch(hf_name) for pattern in self._kept)
+
+    @cached_property
+    def _kept(self) -> list[re.Pattern[str]]:
+        names = [name for rule in self.rules if rule.keeps_dtype for name in rule.hf]
+        return [re.compile(re.sub(r"\\\{[ie]\\\}", r"\\d+", re.escape(name))) for name in names]
+
     def hf_names(self, hf: HFConfig) -> set[str]:
         """Every Hugging Face tensor that a model of shape `hf` may have."""
         experts = range(hf.moe.num_experts if hf.moe else 0)

@@ -8,14 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rpp.experience.collate import collate, pad_rows, split_microbatches
-from megatron_rpp.experience.types import ExperienceBatch, Prompt, Rollout
+from megatron_rpp.experience.types import ExperienceBatch, Prompt, Rollout, VersionSpan
 
 PAD = 9
 CPU = torch.device("cpu")
 
 
 def rollout(prompt: tuple[int, ...], response: tuple[int, ...], logprobs: tuple[float, ...], group: int) -> Rollout:
-    return Rollout(Prompt(0, "", prompt, ""), group, response, logprobs, "", "stop", 0)
+    return Rollout(
+        Prompt(0, "", prompt, ""), group, response, logprobs, "", "stop", (VersionSpan(0, 0, len(response)),)
+    )
 
 
 ROLLOUTS = [

@@ -15,7 +15,7 @@ from megatron_rpp.model.hf_io.tensors import HFTensors
 from megatron_rpp.model.hf_mapping import family_of, read_hf_config
 from megatron_rpp.model.hf_mapping.mtp import is_mtp, mtp_copies, stored_mtp, without_mtp
 from megatron_rpp.model.hf_mapping.transforms import Copied, Shard, Vocab
-from megatron_rpp.model.mtp_export import mtp_changes, with_mtp_layers
+from megatron_rpp.model.mtp_export import mtp_changes, open_mtp, with_mtp_layers
 from tests.support.mtp import add_mtp
 from tests.support.tiny_models import save_tiny
 
@@ -114,9 +114,10 @@ def test_an_exported_directory_takes_mtp_layers_from_the_source_and_copies_from_
     stored = load_file(path / "model.safetensors")
     first = {"model.embed_tokens.weight": torch.randn(19, 32)}
     last = {"lm_head.weight": torch.randn(19, 32)}
+    files = open_mtp(str(path), "keep")
     found = {
-        **dict(with_mtp_layers(str(path), "keep", iter(first.items()), is_last_stage=False)),
-        **dict(with_mtp_layers(str(path), "keep", iter(last.items()), is_last_stage=True)),
+        **dict(with_mtp_layers(str(path), files, iter(first.items()), is_last_stage=False)),
+        **dict(with_mtp_layers(str(path), files, iter(last.items()), is_last_stage=True)),
     }
     assert {**first, **last}.keys() <= found.keys()
     found = {name: tensor for name, tensor in found.items() if name not in (*first, *last)}

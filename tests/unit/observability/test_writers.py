@@ -66,6 +66,7 @@ class FakeRollout:
     response_ids: tuple[int, ...] = (1, 2)
     finish_reason: str = "stop"
     policy_version: int = 4
+    version_spans: tuple[tuple[int, int, int], ...] = ((3, 0, 1), (4, 1, 2))
 
 
 def test_rollouts_are_one_object_a_response_and_a_repeated_step_replaces_them(tmp_path: Path) -> None:
@@ -80,6 +81,7 @@ def test_rollouts_are_one_object_a_response_and_a_repeated_step_replaces_them(tm
         "response": "é\n2",
     }
     wanted |= {"response_tokens": 2, "finish_reason": "stop", "policy_version": 4, "reward": 1.0}
+    wanted["version_spans"] = [[3, 0, 1], [4, 1, 2]]
     assert records == [wanted]
     assert path == tmp_path / "rollouts" / "step-1.jsonl" and list(path.parent.iterdir()) == [path]
 

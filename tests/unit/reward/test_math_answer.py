@@ -8,7 +8,7 @@ import time
 import pytest
 
 from megatron_rpp.config.schema import RewardConfig, SourceConfig
-from megatron_rpp.experience.types import Prompt, Rollout
+from megatron_rpp.experience.types import Prompt, Rollout, VersionSpan
 from megatron_rpp.reward.build import build_reward
 from megatron_rpp.reward.extract import final_answer, plain_number
 from megatron_rpp.reward.math_answer import MathAnswerReward, quick_verdict
@@ -16,7 +16,7 @@ from megatron_rpp.reward.math_answer import MathAnswerReward, quick_verdict
 
 def rollout(text: str, answer: str, finish_reason: str = "stop") -> Rollout:
     prompt = Prompt(id=0, text="", token_ids=(1,), answer=answer)
-    return Rollout(prompt, 0, (1,), (0.0,), text, finish_reason, 0)
+    return Rollout(prompt, 0, (1,), (0.0,), text, finish_reason, (VersionSpan(0, 0, 1),))
 
 
 @pytest.fixture(scope="module")

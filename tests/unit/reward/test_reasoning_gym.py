@@ -9,7 +9,7 @@ import reasoning_gym
 
 from megatron_rpp.config.schema import RewardConfig, SourceConfig
 from megatron_rpp.data.reasoning_gym import gym_problems
-from megatron_rpp.experience.types import Prompt, Rollout
+from megatron_rpp.experience.types import Prompt, Rollout, VersionSpan
 from megatron_rpp.reward.build import build_reward
 from megatron_rpp.reward.protocol import Reward
 from megatron_rpp.reward.reasoning_gym import ReasoningGymReward, bare_answer
@@ -19,7 +19,7 @@ SUMS = SourceConfig(kind="reasoning_gym", task="chain_sum", size=4)
 
 def rollout(text: str, entry: dict) -> Rollout:
     prompt = Prompt(id=0, text="", token_ids=(1,), answer=str(entry["answer"]), metadata=entry)
-    return Rollout(prompt, 0, (1,), (0.0,), text, "stop", 0)
+    return Rollout(prompt, 0, (1,), (0.0,), text, "stop", (VersionSpan(0, 0, 1),))
 
 
 @pytest.fixture(scope="module")

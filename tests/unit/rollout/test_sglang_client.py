@@ -2,87 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
+from fake_sglang import STOP, FakeServer, Reply, running, samples_of
 
 from megatron_rpp.config.schema import RolloutConfig
 from megatron_rpp.experience.types import Prompt
+from megatron_rpp.rollout.payloads import generate_payloads
 from megatron_rpp.rollout.protocol import RolloutError, SamplingParams
-from megatron_rpp.rollout.sglang_client import SGLangClient, generate_payloads, parse_version
-
-STOP = 9
-Reply = tuple[int, Any]
-
-
-class FakeServer(ThreadingHTTPServer):
-    """Answers every POST with `answer(path, payload)`; remembers the payloads."""
-
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.payloads: list[dict[str, Any]] = []
-        self.in_flight = self.most_in_flight = 0
-        self.lock = threading.Lock()
-        self.answer: Callable[[str, dict[str, Any]], Reply] = lambda path, payload: (200, samples_of(payload))
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: FakeServer
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.payloads.append(payload)
-            self.server.in_flight += 1
-            self.server.most_in_flight = max(self.server.most_in_flight, self.server.in_flight)
-        try:
-            status, reply = self.server.answer(self.path, payload)
-        finally:
-            with self.server.lock:
-                self.server.in_flight -= 1
-        body = reply.encode() if isinstance(reply, str) else json.dumps(reply).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None: ...
-
-
-def samples_of(payload: dict[str, Any], **meta: Any) -> list[dict[str, Any]]:
-    """Each sample repeats its prompt's first id, with the seed's parity as log-prob, then stops."""
-    return [
-        {
-            "meta_info": {
-                "finish_reason": {"type": "stop", "matched": STOP},
-                "weight_version": "3",
-                "output_token_logprobs": [[-0.5, ids[0], None], [-1.5, STOP, None]],
-            }
-            | meta
-        }
-        for ids in payload["input_ids"]
-    ]
+from megatron_rpp.rollout.replies import parse_version
+from megatron_rpp.rollout.sglang_client import SGLangClient
 
 
 @pytest.fixture
 def servers() -> Iterator[list[FakeServer]]:
-    fakes = [FakeServer(), FakeServer()]
-    for fake in fakes:
-        threading.Thread(target=fake.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield fakes
-    for fake in fakes:
-        fake.shutdown()
-        fake.server_close()
+    with running() as first, running() as second:
+        yield [first, second]
 
 
 @pytest.fixture

@@ -11,12 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_rpp.weight_sync.export import Bucket, buckets
+from megatron_rpp.model.export_hf import entries_of
+from megatron_rpp.model.hf_io.safetensors_writer import Entry
+from megatron_rpp.weight_sync.export import Bucket, fill_buckets, plan_buckets, tensors_of
 
 
 def named(*sizes: int) -> list[tuple[str, Tensor]]:
     """uint8 tensors of these many bytes, each byte different from its neighbours."""
     return [(f"t{i}", (torch.arange(size) + 17 * i).to(torch.uint8)) for i, size in enumerate(sizes)]
+
+
+def entries(tensors: list[tuple[str, Tensor]]) -> list[Entry]:
+    return entries_of(iter(tensors))
+
+
+def buckets(tensors: list[tuple[str, Tensor]], max_bytes: int) -> list[Bucket]:
+    return list(fill_buckets(iter(tensors), plan_buckets(entries(tensors), max_bytes)))
 
 
 @pytest.mark.parametrize(
@@ -39,7 +49,7 @@ def test_buckets_fill_up_in_order_and_a_large_tensor_goes_alone(
 @given(sizes=st.lists(st.integers(1, 40), max_size=12), max_bytes=st.integers(1, 50))
 def test_no_bucket_exceeds_the_bound_and_every_byte_is_sent_once(sizes: list[int], max_bytes: int) -> None:
     tensors = named(*sizes)
-    found = list(buckets(iter(tensors), max_bytes))
+    found = buckets(tensors, max_bytes)
     assert all(b.flat.numel() <= max_bytes or len(b.names) == 1 for b in found)
     assert [n for b in found for n in b.names] == [name for name, _ in tensors]
     if tensors:
@@ -47,16 +57,43 @@ def test_no_bucket_exceeds_the_bound_and_every_byte_is_sent_once(sizes: list[int
 
 
 def test_a_bucket_is_yielded_before_later_tensors_are_made() -> None:
-    """Weight sync streams: one bucket in memory, not the model."""
+    """Weight sync streams: one bucket is filled while another is on its way, and not the model."""
     made = []
 
     def source():
-        for name, tensor in named(4, 4, 4, 4):
+        for name, tensor in named(2, 2, 2, 2):
             made.append(name)
             yield name, tensor
 
-    next(iter(buckets(source(), 4)))
+    next(fill_buckets(source(), plan_buckets(entries(named(2, 2, 2, 2)), 4)))
     assert made == ["t0", "t1"]
+
+
+def test_a_lone_tensor_is_sent_from_where_it_lies() -> None:
+    (name, tensor), *_ = named(8)
+    (bucket,) = buckets([(name, tensor)], 4)
+    assert bucket.flat.data_ptr() == tensor.data_ptr()
+
+
+def test_a_tensor_that_was_not_planned_is_an_error_rather_than_shifted_bytes() -> None:
+    with pytest.raises(AssertionError, match="t1 came in the place of t0"):
+        list(fill_buckets(iter(named(2, 2)[1:]), plan_buckets(entries(named(2)), 4)))
+    with pytest.raises(AssertionError, match="more tensors than planned"):
+        list(fill_buckets(iter(named(2, 2)), plan_buckets(entries(named(2)), 4)))
+
+
+def test_tensors_that_sglang_joins_travel_in_one_request() -> None:
+    names = ("self_attn.q_a_proj.weight", "self_attn.q_b_proj.weight", "self_attn.kv_a_proj_with_mqa.weight", "rest")
+    tensors = [(name, torch.zeros(4, dtype=torch.uint8)) for name in names]
+    assert [bucket.names for bucket in buckets(tensors, 4)] == [list(names[:3]), ["rest"]]
+
+
+def test_wider_dtypes_come_first_so_that_every_tensor_is_aligned() -> None:
+    tensors = [("w", torch.zeros(3).to(torch.float8_e4m3fn)), ("scale", torch.ones(2)), ("b", torch.ones(1).bfloat16())]
+    (bucket,) = buckets(tensors, 100)
+    assert bucket.names == ["scale", "b", "w"]
+    for name, found in tensors_of(bucket):
+        assert found.equal(dict(tensors)[name]) or found.dtype == torch.float8_e4m3fn
 
 
 def reassemble(bucket: Bucket) -> dict[str, Tensor]:
@@ -83,7 +120,7 @@ MIXED = [
 @pytest.mark.parametrize("max_bytes", [1, 40, 10_000])
 def test_bytes_reassemble_bit_for_bit_with_mixed_dtypes(max_bytes: int) -> None:
     found = {name: t for bucket in buckets(MIXED, max_bytes) for name, t in reassemble(bucket).items()}
-    assert list(found) == [name for name, _ in MIXED]
+    assert found.keys() == {name for name, _ in MIXED}
     for name, original in MIXED:
         assert found[name].dtype == original.dtype and found[name].shape == original.shape
         expected = original.contiguous().flatten().view(torch.uint8)

@@ -1,0 +1,74 @@
+"""A pipeline stage's tensors as someone else is to hold them: under Hugging Face names, in another dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_rpp.model.build import Model
+from megatron_rpp.model.export_hf import empty_hf_tensors, hf_tensors
+from megatron_rpp.model.hf_io.fp8_blocks import SCALE_SUFFIX, is_quantized, quantize, scale_shape
+from megatron_rpp.model.hf_mapping import family_of
+from megatron_rpp.parallel.collectives import gather_shards
+
+NamedTensor = tuple[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StageExport:
+    """How `model` is exported. `tensors` may be run again and again.
+
+    dtype: of all but what keeps its own (a router's selection bias); None: as the model holds it;
+    float8_e4m3fn: the projections in 128 x 128 blocks beside their scales, the rest in bfloat16.
+    gather: the equally shaped shards of a group's ranks. watch: sees each tensor before anyone else.
+    """
+
+    model: Model
+    dtype: torch.dtype | None = None
+    gather: Callable[[Tensor, ProcessGroup], list[Tensor]] = gather_shards
+    watch: Callable[[str, Tensor], None] | None = None
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.dtype == torch.float8_e4m3fn
+
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """What config.json calls the dtype: that of the tensors that are not FP8."""
+        if self.dtype is None:
+            return self.model.config.params_dtype
+        return torch.bfloat16 if self.is_fp8 else self.dtype
+
+    def tensors(self) -> Iterator[NamedTensor]:
+        """Every tensor of the stage. A collective as `hf_tensors` is: run it to its end."""
+        for name, tensor in self._converted(hf_tensors(self.model, gather=self.gather)):
+            if self.watch is not None:
+                self.watch(name, tensor)
+            yield name, tensor
+
+    def empty(self) -> Iterator[NamedTensor]:
+        """What `tensors` will give, on the meta device; no collective."""
+        return self._converted(empty_hf_tensors(self.model))
+
+    def _converted(self, tensors: Iterator[NamedTensor]) -> Iterator[NamedTensor]:
+        family = family_of(self.model.hf)
+        for name, tensor in tensors:
+            if self.is_fp8 and is_quantized(name, tensor.shape):
+                yield from zip((name, name + SCALE_SUFFIX), _quantized(name, tensor), strict=True)
+            elif self.dtype is None or family.keeps_dtype(name):
+                yield name, tensor
+            else:
+                yield name, tensor.to(self.main_dtype)
+
+
+def _quantized(name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    if tensor.is_meta:
+        return tensor.to(torch.float8_e4m3fn), tensor.new_empty(scale_shape(tensor.shape), dtype=torch.float32)
+    try:
+        return quantize(tensor)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

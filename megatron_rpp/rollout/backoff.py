@@ -1,0 +1,30 @@
+"""Waits that double."""
+
+from __future__ import annotations
+
+import time
+
+_LONGEST_S = 60.0
+
+
+class Backoff:
+    """Says when to try again: after first_s, then twice as long each time, up to a minute."""
+
+    def __init__(self, first_s: float) -> None:
+        self._first_s = self._next_s = first_s
+        self._due = 0.0  # monotonic seconds
+
+    @property
+    def is_due(self) -> bool:
+        return time.monotonic() >= self._due
+
+    def failed(self) -> float:
+        """Starts a wait; its length in seconds."""
+        wait_s = self._next_s
+        self._due = time.monotonic() + wait_s
+        self._next_s = min(2 * wait_s, _LONGEST_S)
+        return wait_s
+
+    def reset(self) -> None:
+        """The next wait is the first again."""
+        self._next_s = self._first_s

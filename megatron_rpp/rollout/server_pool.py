@@ -1,0 +1,119 @@
+"""The servers of one sampling call: who takes the next request, and who shows no sign of life."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import aiohttp
+
+from megatron_rpp.rollout.protocol import RolloutError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_LONGEST_PAUSE_S = 5.0  # between two probes of a server
+
+
+class ServerLost(Exception):
+    """The server of a request was given up while it ran; ask another."""
+
+
+@dataclass(eq=False)
+class PoolServer:
+    """One server as this call sees it."""
+
+    url: str
+    running: set[asyncio.Task[Any]] = field(default_factory=set)
+    failures: int = 0  # a server that fails fast must not look like the least busy one
+    cause: str | None = None  # why it is asked no more
+
+
+class ServerPool:
+    """Servers are taken until they are given up; a watcher for each gives up the silent ones."""
+
+    def __init__(self, urls: Sequence[str], health_deadline_s: float, session: aiohttp.ClientSession) -> None:
+        self._servers = [PoolServer(url) for url in urls]
+        self._deadline_s, self._session = health_deadline_s, session
+
+    @property
+    def suspects(self) -> set[str]:
+        """URLs of the servers that were given up."""
+        return {server.url for server in self._servers if server.cause is not None}
+
+    def left(self) -> list[PoolServer]:
+        """The servers that may be asked. Raises RolloutError where there is none, with every server's reason."""
+        left = [server for server in self._servers if server.cause is None]
+        if not left:
+            causes = "; ".join(f"{server.url}: {server.cause}" for server in self._servers)
+            raise RolloutError(f"no SGLang server is left to sample from: {causes}")
+        return left
+
+    def pick(self, turn: int, failed: Sequence[str]) -> PoolServer:
+        """The least busy of the servers that have failed this request (`failed`: URLs) least; ties go by `turn`."""
+        left = self.left()
+        turns = left[turn % len(left) :] + left[: turn % len(left)]
+        return min(turns, key=lambda server: (failed.count(server.url), len(server.running) + server.failures))
+
+    def give_up(self, server: PoolServer, cause: str) -> None:
+        """Ask it no more, and free the requests that it holds."""
+        if server.cause is None:
+            logger.warning("%s is asked no more in this step: %s", server.url, cause)
+            server.cause = cause
+        for task in server.running:
+            task.cancel()
+
+    async def run(self, server: PoolServer, request: Coroutine[Any, Any, T]) -> T:
+        """Result of a request to `server`. Raises what it raised, or ServerLost."""
+        task = asyncio.create_task(request)
+        server.running.add(task)
+        try:
+            await asyncio.wait([task])
+        finally:
+            server.running.discard(task)
+            task.cancel()  # nothing where it is done
+        if task.cancelled():
+            raise ServerLost(server.url)
+        return task.result()
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """Inside, every server is probed now and then."""
+        watchers = [asyncio.create_task(self._watch(server)) for server in self._servers]
+        try:
+            yield
+        finally:
+            for watcher in watchers:
+                watcher.cancel()
+
+    async def _watch(self, server: PoolServer) -> None:
+        last_sign, is_failing = time.monotonic(), False
+        while server.cause is None:
+            left_s = last_sign + self._deadline_s - time.monotonic()
+            if is_failing and left_s <= 0:
+                self.give_up(server, f"no sign of life for rollout.health_deadline_s={self._deadline_s:g} s")
+                return
+            try:
+                # Half the deadline even where nothing is left: this process itself may have been held up.
+                async with asyncio.timeout(max(left_s, self._deadline_s / 2)):
+                    is_failing = not await self._is_alive(server.url)
+            except aiohttp.ClientConnectorError as error:
+                self.give_up(server, str(error))
+                return
+            except (aiohttp.ClientError, OSError, ValueError):  # a TimeoutError is an OSError
+                is_failing = True
+            if not is_failing:
+                last_sign = time.monotonic()
+            await asyncio.sleep(min(self._deadline_s / 5, _LONGEST_PAUSE_S))
+
+    async def _is_alive(self, url: str) -> bool:
+        # Not /health: on an idle server it samples a greedy token, and a batch that this was part of takes SGLang's
+        # path for top-k until it has drained, which draws other tokens from the same seeds (0.5.23).
+        # /server_info asks the scheduler too, and leaves sampling alone.
+        async with self._session.get(f"{url.rstrip('/')}/server_info") as response:
+            return response.status == 200

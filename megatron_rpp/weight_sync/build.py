@@ -1,0 +1,53 @@
+"""The synced rollout engine of a configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megatron_rpp import device
+from megatron_rpp.config.errors import ConfigError
+from megatron_rpp.config.schema import Config
+from megatron_rpp.model.build import Model
+from megatron_rpp.rollout.fleet import ServerFleet
+from megatron_rpp.rollout.sglang_client import SGLangClient
+from megatron_rpp.weight_sync.broadcast import BroadcastTransport
+from megatron_rpp.weight_sync.delta_transport import DeltaTransport
+from megatron_rpp.weight_sync.disk import DiskTransport
+from megatron_rpp.weight_sync.ipc import IpcTransport
+from megatron_rpp.weight_sync.synced_engine import SyncedRolloutEngine
+from megatron_rpp.weight_sync.transport import Transport
+
+
+def build_engine(config: Config, policy: Model, fleet: ServerFleet | None, client: SGLangClient) -> SyncedRolloutEngine:
+    """fleet: on rank 0. Raises ConfigError for a transport that this host cannot have."""
+    transports = [build_transport(name, config) for name in config.weight_sync.transports]
+    return SyncedRolloutEngine(policy, fleet, client, transports, config, export_dtype(config))
+
+
+def export_dtype(config: Config) -> torch.dtype | None:
+    """What weights are converted to on their way to the servers; None: they stay as they are."""
+    names = {"auto": None, "float8": torch.float8_e4m3fn}
+    name = config.weight_sync.dtype
+    return names[name] if name in names else device.dtype(name)
+
+
+def build_transport(name: str, config: Config) -> Transport:
+    """One of weight_sync.transports."""
+    sync = config.weight_sync
+    bucket_bytes = sync.bucket_mb * 2**20
+    if name == "disk":
+        folder = Path(sync.disk_path or Path(config.run.dir) / "weights").resolve()
+        seen_as = sync.disk_path_on_servers or str(folder)
+        return DiskTransport(folder=folder, seen_as=seen_as, source=config.model.path, mtp=config.model.mtp)
+    broadcast = BroadcastTransport(bucket_bytes=bucket_bytes)
+    if name == "delta":
+        return DeltaTransport(broadcast, bucket_bytes=bucket_bytes, full_every=sync.delta_full_every)
+    if name == "ipc":
+        if not device.has_cuda():
+            raise ConfigError(
+                "weight_sync.transports=ipc needs servers on the trainer's GPUs; choose broadcast or disk"
+            )
+        return IpcTransport(bucket_bytes=bucket_bytes)
+    return broadcast

@@ -1,0 +1,62 @@
+"""Weights to SGLang servers on the trainer's own GPUs, by CUDA IPC: only handles travel.
+
+A server's rank opens the sender's buffer and copies its part out of it, from another GPU of the node if
+need be. Where there are no GPUs (in tests) the same requests carry the bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import pickle
+
+from megatron_rpp.weight_sync.export import Bucket, stage_buckets, tensors_of
+from megatron_rpp.weight_sync.in_flight import InFlight, Poster, stream
+from megatron_rpp.weight_sync.transport import Shipment
+
+
+class IpcTransport:
+    """Streams buckets into `/update_weights_from_tensor`."""
+
+    name = "ipc"
+    streams = True
+
+    def __init__(self, *, bucket_bytes: int) -> None:
+        self._bucket_bytes = bucket_bytes
+        self._poster = Poster()
+
+    def send(self, shipment: Shipment) -> int:
+        """See Transport."""
+        buckets = stage_buckets(shipment.export, self._bucket_bytes)
+        return stream(shipment, buckets, lambda bucket: self._start(bucket, shipment))
+
+    def settle(self, *, verified: bool) -> None:
+        """Nothing is held between syncs."""
+
+    def close(self) -> None:
+        self._poster.close()
+
+    def _start(self, bucket: Bucket, shipment: Shipment) -> InFlight:
+        payloads: dict[str, dict[str, object]] = {
+            server.url: {
+                # A handle may be opened once, so that each TP rank has its own.
+                "serialized_named_tensors": [_serialized(bucket) for _ in range(server.tp_size)],
+                "flush_cache": False,
+            }
+            for server in shipment.servers
+        }
+        replies = self._poster.post("update_weights_from_tensor", payloads, shipment.deadline.left_s())
+        return InFlight(bucket, bucket.flat.numel(), replies)
+
+
+def _serialized(bucket: Bucket) -> str:
+    """The bucket's tensors for one server rank, as SGLang reads them."""
+    named = tensors_of(bucket)
+    if not bucket.flat.is_cuda:
+        return base64.b64encode(pickle.dumps(named)).decode()
+    # Its reductions name a GPU by its UUID, so that trainer and server may number theirs differently.
+    from sglang.srt.utils import MultiprocessingSerializer
+    from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
+
+    monkey_patch_torch_reductions()
+    text: str = MultiprocessingSerializer.serialize(named, output_str=True)
+    return text

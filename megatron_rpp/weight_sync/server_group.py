@@ -1,0 +1,134 @@
+"""A torch process group of one trainer rank and the TP ranks of every server, outside the trainer's world."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import accumulate
+from threading import Thread
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_rpp import device
+from megatron_rpp.rollout.fleet import Server
+from megatron_rpp.rollout.http import post_json
+from megatron_rpp.rollout.protocol import RolloutError
+from megatron_rpp.weight_sync.transport import Deadline, ServerFailure
+
+
+@dataclass(frozen=True)
+class ServerGroup:
+    """This rank is its rank 0."""
+
+    urls: tuple[str, ...]
+    name: str
+    group: ProcessGroup
+
+    @classmethod
+    def join(cls, servers: Sequence[Server], stage: int, deadline: Deadline) -> ServerGroup:
+        """Make the group with every server. Raises ServerFailure of the first that does not join in time."""
+        name = f"rpp-stage{stage}-{time.time_ns()}"  # a torn-down group's name is never used again
+        world_size = 1 + sum(server.tp_size for server in servers)
+        host, timeout_s = _address_seen_by(servers[0].url), deadline.left_s()
+        store = dist.TCPStore(
+            host, 0, world_size, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+        )
+        pool = ThreadPoolExecutor(len(servers) + 1)
+        offsets = accumulate((server.tp_size for server in servers), initial=1)
+        joins = {
+            server.url: pool.submit(_join_server, server.url, (host, store.port, offset, world_size, name), deadline)
+            for server, offset in zip(servers, offsets, strict=False)
+        }
+        own = pool.submit(_join_as_sender, store, world_size, name, timeout_s)
+        pool.shutdown(wait=False)  # if a server refuses, this rank's own join is left to its timeout
+        _raise_refusal(joins, deadline)
+        return cls(tuple(server.url for server in servers), name, own.result())
+
+    def is_of(self, servers: Sequence[Server]) -> bool:
+        """Whether it joins just these, and none that has been started again since."""
+        return self.urls == tuple(server.url for server in servers) and all(server.version >= 0 for server in servers)
+
+    def broadcast(self, flat: Tensor, timeout_s: float) -> dist.Work:
+        """Start to send `flat` from this rank."""
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        options.timeout = _group_timeout(timeout_s)
+        return self.group.broadcast([flat], options)
+
+    def close(self) -> None:
+        """Leave; the servers' side ends with it. Returns at once, whatever is under way."""
+        Thread(target=_leave, args=(self.group,), daemon=True).start()
+
+
+def _leave(group: ProcessGroup) -> None:
+    with suppress(Exception):  # the other side may be gone already
+        group.abort()
+        dist.destroy_process_group(group)
+
+
+def _join_server(url: str, place: tuple[str, int, int, int, str], deadline: Deadline) -> None:
+    host, port, rank_offset, world_size, name = place
+    payload: dict[str, object] = {
+        "master_address": host,
+        "master_port": port,
+        "rank_offset": rank_offset,
+        "world_size": world_size,
+        "group_name": name,
+        "backend": device.backend(),
+    }
+    post_json(url, "init_weights_update_group", payload, deadline.left_s())
+
+
+def _raise_refusal(joins: dict[str, Future[None]], deadline: Deadline) -> None:
+    """Wait until all have joined; an error of one ends the wait for the others."""
+    pending = set(joins.values())
+    while pending and not deadline.is_over():
+        done, pending = wait(pending, deadline.left_s(), "FIRST_COMPLETED")
+        if any(join.exception() for join in done):
+            break
+    for url, join in joins.items():
+        if join.done() and isinstance(error := join.exception(), RolloutError):
+            raise ServerFailure(url, f"joining the weight-update group: {error}") from error
+    for url, join in joins.items():
+        if not join.done():
+            raise ServerFailure(url, f"did not join the weight-update group within {deadline.seconds:g} s")
+        join.result()
+
+
+def _join_as_sender(store: dist.Store, world_size: int, name: str, timeout_s: float) -> ProcessGroup:
+    # SGLang's init_custom_process_group makes its side with this private torch function; only the same
+    # one gives the same key prefixes in the store. It is the way to a group outside the trainer's world.
+    from torch.distributed.distributed_c10d import _new_process_group_helper, _world
+
+    group, _ = _new_process_group_helper(
+        world_size,
+        0,
+        [],
+        dist.Backend(device.backend()),
+        dist.PrefixStore(name, store),
+        group_name=name,  # type: ignore[arg-type]
+        timeout=_group_timeout(timeout_s),
+    )
+    _world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
+    return group
+
+
+def _group_timeout(timeout_s: float) -> timedelta:
+    """NCCL's watchdog ends the whole process at a timeout; there the deadline's own check aborts the group."""
+    return timedelta(seconds=timeout_s) if device.backend() == "gloo" else timedelta(days=1)
+
+
+def _address_seen_by(url: str) -> str:
+    """The address of this host on the route to the server at `url`."""
+    host, _, port = url.split("://", 1)[-1].rstrip("/").partition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connects nothing, only picks a route
+        probe.connect((host, int(port or 80)))
+        address: str = probe.getsockname()[0]
+        return address

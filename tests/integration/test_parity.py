@@ -1,0 +1,239 @@
+"""Planted faults between a real trainer and real servers: the parity monitor names each, and no other."""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_rpp.config.schema import Config, ModelConfig, ParityConfig, RolloutConfig, TrainConfig
+from megatron_rpp.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_rpp.engine.score import score
+from megatron_rpp.experience.collate import collate
+from megatron_rpp.experience.types import Prompt, Rollout
+from megatron_rpp.model.build import Model, build_model
+from megatron_rpp.model.export_hf import hf_tensors
+from megatron_rpp.parallel import bootstrap
+from megatron_rpp.parity.gather import Scene
+from megatron_rpp.parity.monitor import Parity, ParityMonitor
+from megatron_rpp.parity.policy import ParityError
+from megatron_rpp.rollout import control, sglang_client
+from megatron_rpp.rollout.http import post_json
+from megatron_rpp.rollout.payloads import generate_payloads
+from megatron_rpp.rollout.protocol import SamplingParams
+from megatron_rpp.rollout.sglang_client import SGLangClient
+from megatron_rpp.rollout.sglang_server import SGLangServer
+from megatron_rpp.weight_sync.checksums import ExpectedChecksums, differences
+
+ROLLOUT = RolloutConfig(context_length=256, max_response_tokens=64)
+STALE = "model.norm.weight"
+TELL = ParityConfig(warn=0.001, stop=0.0)  # float32 differs by 1e-6
+
+
+@dataclass(frozen=True)
+class Trainer:
+    config: Config
+    policy: Model
+    tokenizer: Tokenizer
+
+
+class Verifier:
+    """Checksums of every tensor of the servers, as a sync verifies them."""
+
+    def __init__(self, policy: Model, urls: Sequence[str]) -> None:
+        self._policy, self._urls = policy, urls
+
+    def verify_weights(self) -> list[str]:
+        expected = ExpectedChecksums(self._policy.hf, {1})
+        for name, tensor in hf_tensors(self._policy):
+            expected.add(name, tensor)
+        ours = expected.result()[1]
+        found = {url: differences(ours, control.checksums(url, (), 60.0)) for url in self._urls}
+        return [f"{url}: {'; '.join(lines)}" for url, lines in found.items() if lines]
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny_model_dir: Path) -> Iterator[Trainer]:
+    """The tiny model on one rank, in this process."""
+    config = Config(
+        model=ModelConfig(path=str(tiny_model_dir)), rollout=ROLLOUT, train=TrainConfig(micro_batch_size=4), parity=TELL
+    )
+    parallel = bootstrap.initialize(config.parallel, config.run.seed)
+    try:
+        policy = build_model(config, parallel, path=config.model.path)
+        yield Trainer(config, policy, load_tokenizer(config.model.path))
+    finally:
+        bootstrap.shutdown()
+
+
+@pytest.fixture(scope="module")
+def wrong_rope_server(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
+    """The same weights, turned by the angles of another rope base than 10,000: near tokens hardly feel it."""
+    override = json.dumps({"rope_parameters": {"rope_type": "default", "rope_theta": 9000.0}})
+    rollout = replace(ROLLOUT, server_args=("--json-model-override-args", override))
+    log_path = tmp_path_factory.mktemp("wrong-rope") / "sglang.log"
+    server = SGLangServer(str(tiny_model_dir), rollout, dtype="float32", log_path=log_path)
+    server.start()
+    try:
+        server.wait_ready(rollout.startup_deadline_s)
+        yield server
+    finally:
+        server.stop()
+
+
+def checked(
+    trainer: Trainer,
+    urls: Sequence[str],
+    *,
+    limits: ParityConfig = TELL,
+    engine_temperature: float = 1.0,
+    change: Callable[[Prompt], Prompt] = lambda prompt: prompt,
+    told: bool = True,
+) -> Parity:
+    """One step's check of what the servers at `urls` sample.
+
+    engine_temperature: what they sample at, while the trainer assumes rollout.temperature; change: what becomes
+    of a prompt on its way to them; told: whether they say which prompt ids they got.
+    """
+    client = SGLangClient(urls, ROLLOUT, trainer.tokenizer.decode)
+    prompts = [prompt_of(trainer, i) for i in range(8)]
+    sampling = SamplingParams(2, 64, engine_temperature, 1.0, trainer.tokenizer.eos_token_ids, seed=11)
+    sampled = client.generate([change(p) for p in prompts], sampling)
+    rollouts = [as_trained_on(r, prompts[i // 2], told) for i, r in enumerate(sampled)]
+    config = replace(trainer.config, parity=limits)
+    batch = collate(rollouts, [0.0] * len(rollouts), pad_token_id=0, device=trainer.policy.parallel.device)
+    batch = score(batch, trainer.policy, None, config)
+    scene = Scene(config, trainer.policy, Verifier(trainer.policy, urls), client, trainer.tokenizer)
+    return ParityMonitor(scene).check(3, batch, rollouts)
+
+
+def prompt_of(trainer: Trainer, i: int) -> Prompt:
+    text = f"{i}+{9 - i}*{i + 1}="
+    return Prompt(id=i, text=text, token_ids=tuple(trainer.tokenizer.encode(text)), answer="")
+
+
+def as_trained_on(rollout: Rollout, prompt: Prompt, told: bool) -> Rollout:
+    engine_prompt_ids = rollout.engine_prompt_ids if told else None
+    return replace(rollout, prompt=prompt, engine_prompt_ids=engine_prompt_ids)
+
+
+def kind_of(found: Parity) -> str | None:
+    return found.diagnosis.kind if found.diagnosis else None
+
+
+def test_a_healthy_server_is_accused_of_nothing(trainer: Trainer, sglang_server: SGLangServer) -> None:
+    found = checked(trainer, [sglang_server.url])
+    assert found.diagnosis is None
+    assert found.metrics["mismatch/logprob_abs_max"] < 1e-4
+    assert abs(found.metrics["mismatch/surprise"]) < 0.25  # its standard deviation is about 0.04
+    assert found.config == trainer.config
+
+
+def test_the_search_on_a_healthy_server_finds_no_difference(trainer: Trainer, sglang_server: SGLangServer) -> None:
+    # A threshold below rounding: the search runs, and whatever it says, it must not blame weights, tokens or sampling.
+    found = checked(trainer, [sglang_server.url], limits=ParityConfig(warn=1e-12, stop=0.0))
+    assert kind_of(found) == "numerics", found.diagnosis
+    assert found.metrics["mismatch/logprob_abs_max"] < 1e-4
+
+
+def test_one_stale_tensor_is_named(trainer: Trainer, sglang_server: SGLangServer) -> None:
+    weights = dict(hf_tensors(trainer.policy))
+    load(sglang_server.url, STALE, weights[STALE] * 1.5)
+    try:
+        found = checked(trainer, [sglang_server.url])
+    finally:
+        load(sglang_server.url, STALE, weights[STALE])
+    assert kind_of(found) == "weights", found.diagnosis
+    assert found.diagnosis is not None and STALE in found.diagnosis.words and sglang_server.url in found.diagnosis.words
+    assert "lm_head" not in found.diagnosis.words
+    assert checked(trainer, [sglang_server.url]).diagnosis is None, "the tensor was not put back"
+
+
+def test_another_temperature_is_found(trainer: Trainer, sglang_server: SGLangServer) -> None:
+    found = checked(trainer, [sglang_server.url], engine_temperature=0.7)
+    assert kind_of(found) == "sampling", found.diagnosis
+    assert found.diagnosis is not None
+    (fitted,) = re.findall(r"those of temperature ([0-9.]+),", found.diagnosis.words)
+    assert float(fitted) == pytest.approx(0.7, rel=0.005)
+
+
+@pytest.mark.parametrize("server_side", [{"temperature": 0.0}, {"top_k": 3}], ids=["greedy", "top_k"])
+def test_tokens_drawn_otherwise_than_their_right_log_probs_say_are_found(
+    trainer: Trainer, sglang_server: SGLangServer, server_side: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sglang_client, "generate_payloads", with_sampling(**server_side))
+    found = checked(trainer, [sglang_server.url])
+    assert found.metrics["mismatch/logprob_abs_max"] < 1e-4, "then log-probs alone would tell"
+    assert kind_of(found) == "sampling", found.diagnosis
+    assert found.metrics["mismatch/surprise"] < -0.3
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told", "inferred"])
+def test_another_chat_template_is_found(trainer: Trainer, sglang_server: SGLangServer, told: bool) -> None:
+    found = checked(trainer, [sglang_server.url], change=as_a_turn, told=told)
+    assert kind_of(found) == "tokenization", found.diagnosis
+    assert found.diagnosis is not None and "The trainer's ids are those of the prompts' text" in found.diagnosis.words
+    if told:
+        assert (
+            "16 of 16 responses" in found.diagnosis.words and "has 6 tokens here and 8 there" in found.diagnosis.words
+        )
+
+
+def test_a_wrong_rope_base_is_numerics_that_grow_with_the_position(
+    trainer: Trainer, wrong_rope_server: SGLangServer
+) -> None:
+    found = checked(trainer, [wrong_rope_server.url])
+    assert kind_of(found) == "numerics", found.diagnosis
+    assert found.diagnosis is not None and wrong_rope_server.url in found.diagnosis.words
+    assert "suspect rope settings" in found.diagnosis.words
+
+
+def test_of_two_servers_the_one_with_the_wrong_rope_base_is_named(
+    trainer: Trainer, sglang_server: SGLangServer, wrong_rope_server: SGLangServer
+) -> None:
+    found = checked(trainer, [sglang_server.url, wrong_rope_server.url])
+    assert kind_of(found) == "numerics", found.diagnosis
+    assert found.diagnosis is not None and "1 of 2 servers" in found.diagnosis.words
+    assert wrong_rope_server.url in found.diagnosis.words and sglang_server.url not in found.diagnosis.words
+
+
+def test_a_large_difference_is_corrected_or_ends_the_run(trainer: Trainer, wrong_rope_server: SGLangServer) -> None:
+    found = checked(trainer, [wrong_rope_server.url], limits=ParityConfig(warn=0.001, correct=0.01, stop=0.0))
+    assert found.config.algorithm.importance_correction == "truncated"
+    with pytest.raises(ParityError, match=r"parity\.stop=0\.01.*numerics"):
+        checked(trainer, [wrong_rope_server.url], limits=ParityConfig(stop=0.01))
+
+
+def with_sampling(**changes: Any) -> Callable[..., list[dict[str, Any]]]:
+    """`generate_payloads`, and what a server or something before it makes of them."""
+
+    def changed(*args: Any) -> list[dict[str, Any]]:
+        payloads = generate_payloads(*args)
+        return [{**p, "sampling_params": [each | changes for each in p["sampling_params"]]} for p in payloads]
+
+    return changed
+
+
+def as_a_turn(prompt: Prompt) -> Prompt:
+    """Behind and before the marks of a turn."""
+    return replace(prompt, token_ids=(14, *prompt.token_ids, 13))
+
+
+def load(url: str, name: str, tensor: torch.Tensor) -> None:
+    """Put one tensor into a server, past every sync."""
+    payload: dict[str, Any] = {
+        "serialized_named_tensors": [base64.b64encode(pickle.dumps([(name, tensor.detach().clone())])).decode()],
+        "flush_cache": True,
+    }
+    control.begin_update(url, 30.0)
+    post_json(url, "update_weights_from_tensor", payload, 30.0)
+    control.end_update(url, 30.0)
+    control.flush_cache(url, 30.0)

@@ -1,0 +1,157 @@
+"""A server that takes weights as SGLang does and keeps them under their Hugging Face names; it samples nothing.
+
+For models that SGLang does not run on CPU. It refuses what SGLang refuses (weights outside an update session), and
+more: weights while it is not paused, and a tensor that comes twice in a session. Run as `python -m
+tests.support.receiver OUT`: it prints its URL, and writes what it holds to OUT/N.pt whenever it is told a version, N
+from 0.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Lock, Thread
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import HashStore, ProcessGroup
+
+from tests.support.sglang_parts import custom_process_group, server_checksums, tensor_bucket
+
+Reply = dict[str, Any]
+
+
+class Refused(Exception):
+    """The client asked for something out of turn."""
+
+
+class Receiver:
+    """What the server knows. Its methods are called from a thread a request."""
+
+    def __init__(self, out: Path) -> None:
+        self._out, self._lock = out, Lock()
+        self._groups: dict[str, ProcessGroup] = {}
+        self._is_paused = self._is_open = False
+        self._finished = 0  # syncs
+        self._tensors: dict[str, Tensor] = {}
+        self._bucket_sizes: list[int] = []  # of the last session, in bytes
+        self._bucket = tensor_bucket().FlattenedTensorBucket
+
+    def endpoints(self) -> dict[str, Callable[[Reply], Reply]]:
+        """By path. What is missing here is answered by 404."""
+        return {
+            "/health": lambda _: {},
+            "/server_info": lambda _: {"tp_size": 1, "device": "cpu"},
+            "/v1/loads": lambda _: {"loads": [{"num_running_reqs": 0, "num_waiting_reqs": 0}]},
+            "/flush_cache": lambda _: {},
+            "/pause_generation": lambda _: self._pause(is_paused=True),
+            "/continue_generation": lambda _: self._pause(is_paused=False),
+            "/begin_weight_update": self._begin,
+            "/end_weight_update": self._end,
+            "/init_weights_update_group": self._join,
+            "/update_weights_from_distributed": self._take,
+            "/update_weight_version": self._set_version,
+            "/weights_checker": self._checksums,
+        }
+
+    def _pause(self, *, is_paused: bool) -> Reply:
+        self._is_paused = is_paused
+        return {}
+
+    def _begin(self, body: Reply) -> Reply:
+        if self._is_open:
+            raise Refused("a weight update session is already open")
+        self._is_open = True
+        self._tensors, self._bucket_sizes = {}, []  # so that a tensor which is not sent is missing
+        return {}
+
+    def _end(self, body: Reply) -> Reply:
+        if not self._is_open:
+            raise Refused("no weight update session is open")
+        self._is_open = False
+        return {}
+
+    def _join(self, body: Reply) -> Reply:
+        self._groups[body["group_name"]] = custom_process_group(**body)
+        return {}
+
+    def _take(self, body: Reply) -> Reply:
+        if not (self._is_open and self._is_paused):
+            raise Refused("weights came outside an update session, or while generation was not paused")
+        if body["load_format"] != "flattened_bucket":
+            raise Refused(f"load_format={body['load_format']}")
+        bucket = self._bucket.empty(body["names"], body["dtypes"], body["shapes"], "cpu")
+        flat = bucket.get_flattened_tensor()
+        dist.broadcast(flat, src=0, group=self._groups[body["group_name"]])
+        with self._lock:
+            self._bucket_sizes.append(flat.numel())
+            for name, tensor in bucket.reconstruct_tensors():
+                if name in self._tensors:
+                    raise Refused(f"{name} came twice")
+                self._tensors[name] = tensor.clone()
+        return {}
+
+    def _set_version(self, body: Reply) -> Reply:
+        if body["new_version"].isdigit():  # else it is not verified
+            holds = {"tensors": self._tensors, "bucket_sizes": self._bucket_sizes}
+            torch.save(holds, self._out / f"{self._finished}.pt")
+            self._finished += 1
+        return {}
+
+    def _checksums(self, body: Reply) -> Reply:
+        assert body["action"] == "checksum"
+        place = {"tp_rank": 0, "tp_size": 1, "dp_rank": 0, "dp_size": 1, "pp_rank": 0, "pp_size": 1}
+        return {"ranks": [{"checksums": server_checksums(self._tensors), "parallelism_info": [place]}]}
+
+
+def answer(endpoint: Callable[[Reply], Reply] | None, body: Reply) -> tuple[int, Reply]:
+    """(HTTP status, reply)."""
+    if endpoint is None:
+        return 404, {"message": "not here"}
+    try:
+        return 200, {"success": True} | endpoint(body)
+    except (Refused, KeyError, RuntimeError, ValueError) as error:
+        return 400, {"success": False, "message": f"{type(error).__name__}: {error}"}
+
+
+def serve(receiver: Receiver) -> ThreadingHTTPServer:
+    """On a free port of loopback; not yet running."""
+    endpoints = receiver.endpoints()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._answer({})
+
+        def do_POST(self) -> None:
+            self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+        def _answer(self, body: Reply) -> None:
+            status, reply = answer(endpoints.get(self.path.partition("?")[0]), body)
+            text = json.dumps(reply).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *args: object) -> None: ...
+
+    return ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+
+
+def main() -> None:
+    # SGLang's groups for weights stand beside a default group, too.
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    server = serve(Receiver(Path(sys.argv[1])))
+    sys.stdout.write(f"http://127.0.0.1:{server.server_port}\n")
+    sys.stdout.flush()
+    Thread(target=server.serve_forever, daemon=True).start()
+    sys.stdin.read()  # until the test that started it ends, however it ends
+
+
+if __name__ == "__main__":
+    main()

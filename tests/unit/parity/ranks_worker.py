@@ -1,0 +1,101 @@
+"""One rank of a job of two replicas with two pipeline stages: the evidence that it gathers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_rpp.config.schema import Config, ModelConfig, ParallelConfig, ParityConfig, TrainConfig
+from megatron_rpp.engine.score import score
+from megatron_rpp.experience.collate import collate
+from megatron_rpp.experience.types import ExperienceBatch, Prompt, Rollout, VersionSpan
+from megatron_rpp.model.build import Model, build_model
+from megatron_rpp.parallel import bootstrap
+from megatron_rpp.parity.gather import Scene, gather_evidence
+from megatron_rpp.parity.measure import Mismatch
+from megatron_rpp.rollout.protocol import RolloutError
+
+ENGINE_TEMPERATURE = 0.6
+RESPONSES = (3, 5)  # of each replica
+CHOSEN = 4  # parity.responses
+URLS = ("http://good:1", "http://gone:1")
+
+
+class NoDifference:
+    """An engine whose servers hold the trainer's weights."""
+
+    def verify_weights(self) -> list[str]:
+        return []
+
+
+class Servers:
+    """One says that every token has the log-prob -2, the other has died."""
+
+    urls = URLS
+
+    def post(self, url: str, endpoint: str, payload: dict[str, Any], timeout_s: float) -> dict[str, object]:
+        if url == URLS[1]:
+            raise RolloutError(f"{url} is gone")
+        ids = payload["input_ids"][payload["logprob_start_len"] :]
+        return {"meta_info": {"input_token_logprobs": [[None, ids[0], None], *([-2.0, i, None] for i in ids[1:])]}}
+
+
+class Numbers:
+    """A tokenizer of texts such as "3 4 5"."""
+
+    eos_token_ids, pad_token_id, vocab_size = (1,), 0, 19
+
+    def encode_prompts(self, texts: Sequence[str], *, chat: bool) -> list[list[int]]:
+        return self.encode_many(texts)
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[int(word) for word in text.split()] for text in texts]
+
+
+def rollouts_of(replica: int) -> list[Rollout]:
+    """Responses of unequal lengths; the engine of replica 1 says for one that it got another prompt."""
+    g = torch.Generator().manual_seed(replica)
+    rollouts = []
+    for i in range(RESPONSES[replica]):
+        ids = tuple(torch.randint(2, 19, (4 + i,), generator=g).tolist())
+        prompt = Prompt(id=i, text="3 4 5", token_ids=(3, 4, 5), answer="")
+        told = (3, 4) if replica == 1 and i == 2 else (3, 4, 5)
+        text, spans = " ".join(map(str, ids)), (VersionSpan(0, 0, len(ids)),)
+        rollouts.append(Rollout(prompt, i, ids, (0.0,) * len(ids), text, "length", spans, engine_prompt_ids=told))
+    return rollouts
+
+
+def scored(rollouts: Sequence[Rollout], policy: Model, config: Config) -> ExperienceBatch:
+    """The batch as if an engine at ENGINE_TEMPERATURE had sampled it."""
+    batch = collate(rollouts, [0.0] * len(rollouts), pad_token_id=0, device=policy.parallel.device)
+    hot = replace(config, rollout=replace(config.rollout, temperature=ENGINE_TEMPERATURE))
+    engine = score(batch, policy, None, hot).old_logprobs
+    assert engine is not None
+    return score(replace(batch, rollout_logprobs=engine), policy, None, config)
+
+
+def main() -> None:
+    model, out = sys.argv[1:3]
+    config = Config(
+        model=ModelConfig(path=model),
+        parallel=ParallelConfig(pipeline=2, data=2),
+        train=TrainConfig(micro_batch_size=2),
+        parity=ParityConfig(responses=CHOSEN),
+    )
+    parallel = bootstrap.initialize(config.parallel, seed=0)
+    policy = build_model(config, parallel, path=model)
+    rollouts = rollouts_of(parallel.dp_rank)
+    scene = Scene(config, policy, NoDifference(), Servers(), Numbers())  # type: ignore[arg-type]
+    evidence = gather_evidence(scene, scored(rollouts, policy, config), rollouts, Mismatch())
+    (Path(out) / f"evidence-{parallel.rank}.json").write_text(json.dumps(asdict(evidence)))
+    bootstrap.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""When the monitor looks for a cause, and what it does about one; the search itself is replaced."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_rpp.config.schema import Config, ParityConfig
+from megatron_rpp.experience.types import ExperienceBatch
+from megatron_rpp.parity import monitor
+from megatron_rpp.parity.diagnosis import Diagnosis
+from megatron_rpp.parity.monitor import LOOK_AGAIN_STEPS, ParityMonitor
+from megatron_rpp.parity.policy import ParityError
+
+LIMITS = ParityConfig(warn=0.05, correct=0.1, stop=0.5)
+
+
+class Leader:
+    """The only rank of a job."""
+
+    is_replica_leader = True
+    rank = 0
+
+
+class Policy:
+    parallel = Leader()
+
+
+class OneScene:
+    """What the monitor itself reads of a `Scene`."""
+
+    def __init__(self, limits: ParityConfig) -> None:
+        self.config, self.policy = Config(parity=limits), Policy()
+
+
+@pytest.fixture
+def searches(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The mean difference of each search for a cause; one always finds numerics."""
+    means: list[float] = []
+
+    def gather(scene: Any, batch: Any, rollouts: Any, mismatch: Any) -> None:
+        means.append(mismatch.mean)
+
+    monkeypatch.setattr(monitor, "gather_evidence", gather)
+    monkeypatch.setattr(monitor, "diagnose", lambda evidence: Diagnosis("numerics", "planted"))
+    monkeypatch.setattr(monitor, "gather_objects", lambda value: [value])
+    return means
+
+
+def make(limits: ParityConfig = LIMITS) -> ParityMonitor:
+    return ParityMonitor(OneScene(limits))  # type: ignore[arg-type]
+
+
+def batch_off_by(difference: float) -> ExperienceBatch:
+    mask = torch.tensor([[0.0, 1.0, 1.0]])
+    engine = torch.full_like(mask, -1.0)
+    return ExperienceBatch(
+        tokens=torch.zeros(1, 3, dtype=torch.int64),
+        loss_mask=mask,
+        rollout_logprobs=engine,
+        rewards=torch.zeros(1),
+        group_ids=torch.zeros(1, dtype=torch.int64),
+        old_logprobs=engine - difference,
+        entropy=torch.ones_like(mask),
+    )
+
+
+def test_a_healthy_step_is_measured_and_costs_no_search(searches: list[float]) -> None:
+    watch = make()
+    found = watch.check(0, batch_off_by(0.01), [])
+    assert searches == [] and found.diagnosis is None
+    assert found.metrics["mismatch/logprob_abs_mean"] == pytest.approx(0.01)
+    assert found.metrics["mismatch/corrected"] == 0.0
+    assert found.config == Config(parity=LIMITS)
+
+
+def test_a_warning_names_the_cause_and_leaves_the_loss_alone(
+    searches: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        found = make().check(4, batch_off_by(0.06), [])
+    assert "step 4" in caplog.text and "numerics: planted" in caplog.text and "parity.warn=0.05" in caplog.text
+    assert found.metrics["mismatch/cause_numerics"] == 1.0
+    assert found.config.algorithm.importance_correction == "off"
+
+
+def test_a_correction_is_of_every_step_above_its_threshold_and_not_of_those_below(searches: list[float]) -> None:
+    watch = make()
+    used = [watch.check(step, batch_off_by(d), []) for step, d in enumerate((0.2, 0.2, 0.06))]
+    assert [p.config.algorithm.importance_correction for p in used] == ["truncated", "truncated", "off"]
+    assert [p.metrics["mismatch/corrected"] for p in used] == [1.0, 1.0, 0.0]
+
+
+def test_a_stop_raises_with_the_cause(searches: list[float]) -> None:
+    with pytest.raises(ParityError, match=r"step 7.*0\.6 nats.*parity\.stop=0\.5.*numerics: planted"):
+        make().check(7, batch_off_by(0.6), [])
+
+
+def test_a_standing_difference_is_not_searched_at_every_step_but_now_and_then(searches: list[float]) -> None:
+    watch = make()
+    for step in range(LOOK_AGAIN_STEPS + 1):
+        watch.check(step, batch_off_by(0.06), [])
+    assert len(searches) == 2
+
+
+def test_a_difference_that_rises_or_comes_back_is_searched_at_once(searches: list[float]) -> None:
+    watch = make()
+    for step, difference in enumerate((0.06, 0.2, 0.06, 0.01, 0.06)):
+        watch.check(step, batch_off_by(difference), [])
+    assert searches == pytest.approx([0.06, 0.2, 0.06])
+
+
+def test_a_log_prob_that_is_not_a_number_stops_the_run(searches: list[float]) -> None:
+    with pytest.raises(ParityError, match="nan"):
+        make().check(0, batch_off_by(float("nan")), [])
