@@ -114,6 +114,7 @@ def open_session(config: Config, *, resume: bool) -> Iterator[Session]:
         if resume:
             first_step, shaping = _resume(config, policy, optimizer, prompt_source)
         engine = build_engine(config, policy, fleet, client)
+        stack.callback(engine.close)
         engine.wait_ready()
         engine.sync(first_step)
         parity = ParityMonitor(Scene(config, policy, engine, client, tokenizer))

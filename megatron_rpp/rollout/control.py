@@ -16,6 +16,7 @@ from megatron_rpp.rollout.protocol import RolloutError
 UNVERIFIED = "unverified"
 """The version that a server answers with from the start of a sync until its weights are verified."""
 _POLL_S = 0.05
+_OF_RANK = {"checksums", "parallelism_info"}
 
 
 def pause(url: str, mode: str, timeout_s: float) -> None:
@@ -61,14 +62,15 @@ def flush_cache(url: str, timeout_s: float) -> None:
 
 
 def checksums(url: str, skip: Sequence[str], timeout_s: float) -> list[dict[str, Any]]:
-    """The server's own checksums of its parameters: one entry a TP rank, with "checksums" by parameter.
+    """The server's own checksums of its parameters: one entry a TP rank, with `checksums` by parameter
+    and `parallelism_info`, the rank's place.
 
     skip: parts of names to leave out.
     """
     payload: dict[str, object] = {"action": "checksum", "selector": "target", "skip_tensor_list": list(skip)}
     reply = post_json(url, "weights_checker", payload, timeout_s)
     ranks = reply.get("ranks")
-    if not isinstance(ranks, list) or not all(isinstance(rank, dict) and "checksums" in rank for rank in ranks):
+    if not isinstance(ranks, list) or not all(isinstance(rank, dict) and rank.keys() >= _OF_RANK for rank in ranks):
         raise RolloutError(f"{url}/weights_checker: no checksums in its reply: {str(reply)[:200]}")
     return ranks
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -14,13 +15,15 @@ from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.weight_sync.transport import Deadline, Failure, OutOfStepError, ServerFailure, WeightSyncError
 
 T = TypeVar("T")
+_NUMBERS = count()  # all ranks make their Phases in the same order
 
 
 class Phases:
     """All ranks of the job call `run` alike."""
 
     def __init__(self, store: dist.Store, deadline_s: float) -> None:
-        self._exchange = Exchange(store, dist.get_rank(), dist.get_world_size(), "weight-sync")
+        name = f"weight-sync-{next(_NUMBERS)}"
+        self._exchange = Exchange(store, dist.get_rank(), dist.get_world_size(), name)
         self._deadline_s = deadline_s
 
     def deadline(self, phase: str) -> Deadline:
@@ -39,7 +42,7 @@ class Phases:
             failures = [_failure(deadline.phase, error) for error in group.exceptions]
         except OutOfStepError:
             raise
-        except (ServerFailure, RolloutError, OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # whatever it is: the other ranks wait to hear of it
             failures = [_failure(deadline.phase, error)]
         outcomes = self.gather(deadline, (value, failures))
         if found := [failure for _, of_rank in outcomes for failure in of_rank]:
@@ -80,4 +83,5 @@ def _grace_s(deadline: Deadline) -> float:
 def _failure(phase: str, error: Exception) -> Failure:
     if isinstance(error, ServerFailure):
         return Failure(phase, dist.get_rank(), str(error), error.server, error.tensors)
-    return Failure(phase, dist.get_rank(), str(error))
+    is_expected = isinstance(error, RolloutError | OSError | ValueError | RuntimeError)
+    return Failure(phase, dist.get_rank(), str(error) if is_expected else f"{type(error).__name__}: {error}")

@@ -22,6 +22,8 @@ from megatron_rpp.rollout.http import post_json
 from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.weight_sync.transport import Deadline, ServerFailure
 
+_LEAVE_S = 5.0
+
 
 @dataclass(frozen=True)
 class ServerGroup:
@@ -63,14 +65,17 @@ class ServerGroup:
         return self.group.broadcast([flat], options)
 
     def close(self) -> None:
-        """Leave; the servers' side ends with it. Returns at once, whatever is under way."""
-        Thread(target=_leave, args=(self.group,), daemon=True).start()
+        """Leave, and have the servers leave. Returns at once, whatever is under way."""
+        Thread(target=_leave, args=(self,), daemon=True).start()
 
 
-def _leave(group: ProcessGroup) -> None:
+def _leave(group: ServerGroup) -> None:
     with suppress(Exception):  # the other side may be gone already
-        group.abort()
-        dist.destroy_process_group(group)
+        group.group.abort()
+        dist.destroy_process_group(group.group)
+    for url in group.urls:
+        with suppress(RolloutError):
+            post_json(url, "destroy_weights_update_group", {"group_name": group.name}, _LEAVE_S)
 
 
 def _join_server(url: str, place: tuple[str, int, int, int, str], deadline: Deadline) -> None:

@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -20,7 +21,7 @@ from megatron_rpp.rollout.protocol import ProgressCallback, RolloutError, Sampli
 from megatron_rpp.rollout.sglang_client import SGLangClient
 from megatron_rpp.weight_sync.phases import Phases
 from megatron_rpp.weight_sync.shared_fleet import SharedFleet
-from megatron_rpp.weight_sync.transaction import SyncReport, Transaction
+from megatron_rpp.weight_sync.transaction import SyncReport, Transaction, gather_within
 from megatron_rpp.weight_sync.transport import OutOfStepError, Transport, WeightSyncError
 from megatron_rpp.weight_sync.verification import Verification
 
@@ -97,7 +98,8 @@ class SyncedRolloutEngine:
         verification = Verification(self._policy.hf, self._serving(), self.policy_version, config)
         is_leader = self._policy.parallel.is_stage_leader
         if takes_part_in_export(self._policy):
-            export = StageExport(self._policy, self._dtype, watch=verification.add if is_leader else None)
+            gather = partial(gather_within, self._phases.deadline("verify"))
+            export = StageExport(self._policy, self._dtype, gather, verification.add if is_leader else None)
             deque(export.tensors(), maxlen=0)
         try:
             verification.run(self._phases, is_leader=is_leader)
@@ -111,6 +113,11 @@ class SyncedRolloutEngine:
         """Servers on the trainer's GPUs give their memory back until the next sync (rollout.release_memory)."""
         if self._rollout.release_memory:
             self._fleet.release_memory()
+
+    def close(self) -> None:
+        """Let go of the servers, which run on. Not a collective."""
+        for transport in self._transports:
+            transport.close()
 
     def _try_generate(
         self, prompts: Sequence[Prompt], mine: range, sampling: SamplingParams, progress: ProgressCallback | None

@@ -72,7 +72,7 @@ class Transaction:
         export = StageExport(
             self.policy,
             self.dtype,
-            gather=partial(_gather_within, deadline),
+            gather=partial(gather_within, deadline),
             watch=verification.add if self.policy.parallel.is_stage_leader else None,
         )
         shipment = Shipment(export, self.servers, self.version, deadline, partial(self.phases.gather, deadline))
@@ -134,5 +134,6 @@ def _abandon(server: Server, deadline: Deadline) -> None:
     control.resume(server.url, deadline.left_s())
 
 
-def _gather_within(deadline: Deadline, shard: Tensor, group: ProcessGroup) -> list[Tensor]:
+def gather_within(deadline: Deadline, shard: Tensor, group: ProcessGroup) -> list[Tensor]:
+    """`gather_shards` by a deadline; RuntimeError past it."""
     return gather_shards(shard, group, timedelta(seconds=deadline.left_s()))
