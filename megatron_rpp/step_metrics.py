@@ -26,6 +26,7 @@ def step_metrics(
     values["reward/std"] = max(values.pop("reward/square") - mean**2, 0.0) ** 0.5
     tokens, _ = reduced.means["tokens"]
     values.pop("tokens")
+    values |= s.rollout_engine.last_sync.metrics() if s.rollout_engine.last_sync else {}
     times = s.timers.as_metrics()
     rate = tokens / times["time/step"]
     return {"policy_version": float(rollouts[0].policy_version), **values, **known, **times, "tokens_per_second": rate}

@@ -64,7 +64,8 @@ class Transaction:
             self._clean_up()
             raise
         self.transport.settle(verified=True)
-        return SyncReport(self.transport.name, self.version, sent, send_s, time.monotonic() - start)
+        total_s = time.monotonic() - start
+        return SyncReport(self.transport.name, self.version, sent, send_s, total_s, len(self.servers))
 
     def _send(self, verification: Verification) -> int:
         """Bytes that all ranks sent, once for all servers."""
@@ -125,6 +126,11 @@ class SyncReport:
     sent_bytes: int  # by all ranks, once for all servers
     send_s: float  # until all buckets were loaded, arrival and begin included
     total_s: float
+    servers: int
+
+    def metrics(self) -> dict[str, float]:
+        """For metrics.jsonl."""
+        return {"sync/mb": self.sent_bytes / 2**20, "sync/send_s": self.send_s, "sync/servers": float(self.servers)}
 
 
 def _abandon(server: Server, deadline: Deadline) -> None:

@@ -32,6 +32,7 @@ from megatron_rpp.train import train_on_one_batch
 from megatron_rpp.weight_sync import transaction
 from megatron_rpp.weight_sync.broadcast import BroadcastTransport
 from megatron_rpp.weight_sync.build import build_transport
+from megatron_rpp.weight_sync.ipc import IpcTransport
 from megatron_rpp.weight_sync.server_group import ServerGroup
 from megatron_rpp.weight_sync.transport import Transport, WeightSyncError
 
@@ -137,6 +138,12 @@ def kill(session: Session, signum: int = signal.SIGKILL) -> Callable[[], None]:
 
 def undisturbed(session: Session, config: Config) -> dict[str, Any]:
     return attempt(session)
+
+
+def by_ipc(session: Session, config: Config) -> dict[str, Any]:
+    """Without a GPU its requests carry the bytes; the server reads them in the same way."""
+    with transports(session, IpcTransport(bucket_bytes=BUCKET_BYTES)):
+        return attempt(session)
 
 
 def killed_before(session: Session, config: Config) -> dict[str, Any]:
@@ -262,6 +269,7 @@ SCENARIOS: dict[str, Callable[[Session, Config], dict[str, Any]]] = {
     function.__name__: function
     for function in (
         undisturbed,
+        by_ipc,
         killed_before,
         killed_during,
         killed_after,

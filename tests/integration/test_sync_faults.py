@@ -27,6 +27,7 @@ LIMIT_S = 3 * DEADLINE_S + 2 * HEALTH_S + 10
 
 FAULTS = (
     "undisturbed",
+    "by_ipc",
     "corrupted",
     "disk_full_then_broadcast",
     "disk_full_only",
@@ -110,6 +111,11 @@ def assert_verified(result: dict[str, Any], servers: int) -> None:
 def test_both_servers_hold_a_version_that_nothing_disturbed(found: list[dict[str, Any]]) -> None:
     assert_verified(of(found, "undisturbed"), servers=2)
     assert of(found, "undisturbed")["transport"] == "broadcast"
+
+
+def test_servers_read_what_the_ipc_transport_posts(found: list[dict[str, Any]]) -> None:
+    assert_verified(of(found, "by_ipc"), servers=2)
+    assert of(found, "by_ipc")["transport"] == "ipc"
 
 
 @pytest.mark.parametrize("when", ["before", "during", "after"])
