@@ -25,7 +25,7 @@ from megatron_rpp.config.validate import template_names, validate
 from megatron_rpp.parallel.local_launch import ERROR_PREFIX, USER_ERROR, launch_local
 
 INTERRUPTED = 130
-_SERVER_ERRORS = ("RolloutError", "WeightSyncError")  # by name: their modules import torch
+_SERVER_ERRORS = {"RolloutError", "WeightSyncError", "ParityError"}  # by name: their modules import torch
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _run_rank(arguments: Arguments, config: Config, env: Mapping[str, str]) -> i
         return INTERRUPTED
     except Exception as error:
         append_log(config.run.dir, rank, traceback.format_exc())
-        if type(error).__name__ in _SERVER_ERRORS:  # says by itself what happened
+        if _SERVER_ERRORS & {kind.__name__ for kind in type(error).__mro__}:  # says by itself what happened
             if rank == 0:
                 sys.stderr.write(f"{ERROR_PREFIX}{error}\nrpp: the traceback is in {log_path(config.run.dir, rank)}\n")
             return 1

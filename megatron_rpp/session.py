@@ -23,14 +23,14 @@ from megatron_rpp.observability.reporter import Reporter
 from megatron_rpp.observability.timers import Timers
 from megatron_rpp.parallel import bootstrap
 from megatron_rpp.parallel.context import ParallelContext
-from megatron_rpp.parity.gather import Scene
 from megatron_rpp.parity.monitor import ParityMonitor
+from megatron_rpp.parity.run_parts import RunParts
 from megatron_rpp.reward.build import build_reward
 from megatron_rpp.reward.protocol import Reward
 from megatron_rpp.rollout.fleet import ServerFleet
 from megatron_rpp.rollout.protocol import SamplingParams
 from megatron_rpp.rollout.sglang_client import SGLangClient
-from megatron_rpp.weight_sync.build import build_engine
+from megatron_rpp.weight_sync.build import build_engine, check_weight_sync
 from megatron_rpp.weight_sync.synced_engine import SyncedRolloutEngine
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,9 @@ def open_session(config: Config, *, resume: bool) -> Iterator[Session]:
     with ExitStack() as stack:
         stack.callback(bootstrap.shutdown)
         tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-        check_vocabulary(tokenizer, read_hf_config(config.model.path).vocab_size, config.model.path)
+        hf = read_hf_config(config.model.path)
+        check_vocabulary(tokenizer, hf.vocab_size, config.model.path)
+        check_weight_sync(config, hf)
         prompts, eval_prompts = _prompts(config, tokenizer)
         prompt_source = PromptSource(prompts, config.rollout.num_prompts, config.run.seed)
         reward = build_reward(config.reward, config.data.train)
@@ -117,7 +119,7 @@ def open_session(config: Config, *, resume: bool) -> Iterator[Session]:
         stack.callback(engine.close)
         engine.wait_ready()
         engine.sync(first_step)
-        parity = ParityMonitor(Scene(config, policy, engine, client, tokenizer))
+        parity = ParityMonitor(RunParts(config, policy, engine, client, tokenizer))
         replica = parallel.dp_rank if parallel.is_replica_leader else None
         reporter = stack.enter_context(
             Reporter(config.run.dir, rank=parallel.rank, replica=replica, steps=range(first_step, config.run.steps))

@@ -12,6 +12,7 @@ from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.fields import flatten
 from megatron_rpp.config.ranges import check_ranges
 from megatron_rpp.config.schema import Config, SourceConfig
+from megatron_rpp.config.urls import is_url
 
 Command = Literal["train", "sft"]
 
@@ -37,6 +38,7 @@ def validate(config: Config, command: Command) -> None:
     _check_lengths(config)
     _check_servers(config)
     _check_weight_sync(config)
+    _check_parity(config)
     _check_sources(config)
     _check_learning_rate("optimizer", config.optimizer.lr, config.optimizer.min_lr)
 
@@ -85,9 +87,13 @@ def _check_lengths(config: Config) -> None:
 
 def _check_servers(config: Config) -> None:
     rollout = config.rollout
+    known: set[str] = set()
     for url in rollout.urls:
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"rollout.urls={url} must start with http:// or https://")
+        if not is_url(url):
+            raise ConfigError(f"rollout.urls={url} must be a URL such as http://host:30000")
+        if url.rstrip("/") in known:
+            raise ConfigError(f"rollout.urls names {url} twice; name each server once")
+        known.add(url.rstrip("/"))
     if rollout.urls_file:
         _require_file("rollout.urls_file", rollout.urls_file)
     if rollout.urls and rollout.urls_file:
@@ -102,6 +108,19 @@ def _check_weight_sync(config: Config) -> None:
         raise ConfigError("weight_sync.transports is empty; name at least one, such as broadcast")
     if len(set(sync.transports)) < len(sync.transports):
         raise ConfigError(f"weight_sync.transports={','.join(sync.transports)} names one twice")
+    if "delta" in sync.transports and config.rollout.release_memory:
+        raise ConfigError(
+            "weight_sync.transports=delta changes the weights that servers hold, and rollout.release_memory=true "
+            "throws them away; choose one"
+        )
+
+
+def _check_parity(config: Config) -> None:
+    correct, stop = config.parity.correct, config.parity.stop
+    if correct >= stop > 0:
+        raise ConfigError(
+            f"parity.correct={correct} must be below parity.stop={stop}, above which the run ends; or set either to 0"
+        )
 
 
 def _check_sources(config: Config) -> None:

@@ -28,8 +28,12 @@ class Prompt:
     metadata: dict[str, Any] = field(default_factory=dict)  # what a verifier may want
 
 
+UNSYNCED = -1
+"""The policy version of weights that no sync has named."""
+
+
 class VersionSpan(NamedTuple):
-    """Response tokens [start, end) were sampled by the weights of `version`; -1: weights that no sync has named."""
+    """Response tokens [start, end) were sampled by the weights of `version`, which may be UNSYNCED."""
 
     version: int
     start: int

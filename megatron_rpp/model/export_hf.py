@@ -34,14 +34,15 @@ def hf_tensors(
             continue
         rule, names = family.find(item.name)
         group = model.parallel.etp_group if item.is_expert else model.parallel.tp_group
-        shards = [local] if item.dim is None else gather(local, group)
-        whole = rule.transform.merge(shards, item.dim, model.hf)
+        whole = rule.transform.merge([local] if item.dim is None else gather(local, group), item.dim, model.hf)
         if not item.is_expert:
             yield from zip(names, whole, strict=True)
-            continue
-        parts = [gather(part, model.parallel.ep_group) for part in whole]
-        for name, tensors in zip(item.ep_names, zip(*parts, strict=True), strict=True):
-            yield from zip(family.find(name)[1], tensors, strict=True)
+        else:
+            parts = [gather(part, model.parallel.ep_group) for part in whole]
+            for name, tensors in zip(item.ep_names, zip(*parts, strict=True), strict=True):
+                yield from zip(family.find(name)[1], tensors, strict=True)
+            del parts, tensors
+        del whole  # before the next parameter is gathered
 
 
 def empty_hf_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:

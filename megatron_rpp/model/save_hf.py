@@ -49,7 +49,7 @@ def save_hf(
     final = Path(out)
     partial = partial_of(final)
     export = export or StageExport(model)
-    on_rank_0(lambda: make_empty(partial), gather=gather)
+    on_rank_0(lambda: make_empty(partial), expect=Exception, gather=gather)
     plan = _plan(export, source, mtp, gather)
     _write(export, source, partial, plan, gather)
 
@@ -62,7 +62,7 @@ def save_hf(
         )
         replace_directory(partial, final)
 
-    on_rank_0(finish, expect=(OSError, ValueError), gather=gather)
+    on_rank_0(finish, expect=Exception, gather=gather)
     return sum(entry.nbytes for _, entries in plan.own for entry in entries)
 
 
@@ -82,8 +82,8 @@ def _plan(export: StageExport, source: str, mtp: str, gather: Gather) -> _Plan:
             is_last = export.model.parallel.is_last_stage
             tensors = with_mtp_layers(source, files, export.empty(), is_last, read=_empty)
             runs = split_entries(entries_of(tensors), FILE_BYTES)
-        except (OSError, ValueError) as caught:
-            error = str(caught)
+        except Exception as caught:  # whatever it is: the other ranks wait to hear of it
+            error = _words(caught)
     if failed := gather_errors(error, gather):
         raise OSError(failed)
     of_ranks = gather(runs)
@@ -102,11 +102,18 @@ def _write(export: StageExport, source: str, folder: Path, plan: _Plan, gather: 
             try:
                 for name, entries in plan.own:
                     write_file(folder / name, entries, tensors)
-            except (OSError, ValueError) as caught:
-                error = str(caught)
-        deque(gathered, maxlen=0)
+            except Exception as caught:
+                error = _words(caught)
+        try:
+            deque(gathered, maxlen=0)
+        except Exception as caught:
+            error = error or _words(caught)
     if failed := gather_errors(error, gather):
         raise OSError(failed)
+
+
+def _words(error: Exception) -> str:
+    return str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
 
 
 def _empty(files: HFTensors, name: str) -> Tensor:

@@ -44,25 +44,37 @@ class StageExport:
         return torch.bfloat16 if self.is_fp8 else self.dtype
 
     def tensors(self) -> Iterator[NamedTensor]:
-        """Every tensor of the stage. A collective as `hf_tensors` is: run it to its end."""
-        for name, tensor in self._converted(hf_tensors(self.model, gather=self.gather)):
-            if self.watch is not None:
-                self.watch(name, tensor)
-            yield name, tensor
+        """Every tensor of the stage. A collective as `hf_tensors` is: run it to its end.
+
+        An error of conversion or of `watch` is raised when all is gathered, since the other ranks go on.
+        """
+        failed: Exception | None = None
+        for name, whole in hf_tensors(self.model, gather=self.gather):
+            if failed is None:
+                try:
+                    converted = self._converted(name, whole)
+                    for each in converted if self.watch is not None else ():
+                        self.watch(*each)  # type: ignore[misc] # it is not None
+                except Exception as error:
+                    failed = error
+                else:
+                    del whole  # what has been sent is let go before the next gather
+                    while converted:
+                        yield converted.pop(0)
+        if failed is not None:
+            raise failed
 
     def empty(self) -> Iterator[NamedTensor]:
         """What `tensors` will give, on the meta device; no collective."""
-        return self._converted(empty_hf_tensors(self.model))
+        for name, tensor in empty_hf_tensors(self.model):
+            yield from self._converted(name, tensor)
 
-    def _converted(self, tensors: Iterator[NamedTensor]) -> Iterator[NamedTensor]:
-        family = family_of(self.model.hf)
-        for name, tensor in tensors:
-            if self.is_fp8 and is_quantized(name, tensor.shape):
-                yield from zip((name, name + SCALE_SUFFIX), _quantized(name, tensor), strict=True)
-            elif self.dtype is None or family.keeps_dtype(name):
-                yield name, tensor
-            else:
-                yield name, tensor.to(self.main_dtype)
+    def _converted(self, name: str, tensor: Tensor) -> list[NamedTensor]:
+        if self.is_fp8 and is_quantized(name, tensor.shape):
+            return list(zip((name, name + SCALE_SUFFIX), _quantized(name, tensor), strict=True))
+        if self.dtype is None or family_of(self.model.hf).keeps_dtype(name):
+            return [(name, tensor)]
+        return [(name, tensor.to(self.main_dtype))]
 
 
 def _quantized(name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -109,14 +109,20 @@ def on_rank_0(
 
 
 def gather_shards(shard: Tensor, group: ProcessGroup, timeout: timedelta | None = None) -> list[Tensor]:
-    """The equally shaped shards of every rank of `group`, in rank order.
+    """The equally shaped shards of every rank of `group`, in rank order, end to end in one buffer.
 
     timeout: RuntimeError past it, and the group is lost; None: the group's own.
     """
     if group.size() == 1:
         return [shard]
-    shards = [torch.empty_like(shard) for _ in range(group.size())]
-    work = dist.all_gather(shards, shard.contiguous(), group=group, async_op=True)
-    assert work is not None
-    work.wait(timeout) if timeout else work.wait()
-    return shards
+    whole = shard.new_empty((group.size(), *shard.shape))
+    parts = list(whole.unbind())
+    if dist.get_backend(group) == "gloo":  # whose all-gather holds another copy of the whole
+        parts[group.rank()].copy_(shard)
+        works = [dist.broadcast(part, group=group, group_src=rank, async_op=True) for rank, part in enumerate(parts)]
+    else:
+        works = [dist.all_gather_into_tensor(whole, shard.contiguous(), group=group, async_op=True)]
+    for work in works:
+        assert work is not None
+        work.wait(timeout) if timeout else work.wait()
+    return parts

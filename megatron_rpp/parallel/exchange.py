@@ -16,11 +16,15 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 GRACE_S = 5.0
-"""The other ranks wait so much longer for rank 0's answer than rank 0 waits for theirs."""
+"""For rank 0's answer, beside its own wait for the others, which may begin a whole timeout later."""
 
 
-class RanksMissing(RuntimeError):
-    """Ranks did not answer in time. The job cannot go on: they may yet come, out of step."""
+class OutOfStep(RuntimeError):
+    """The ranks of a job are not where they should be, so that it cannot go on."""
+
+
+class RanksMissing(OutOfStep):
+    """Ranks did not answer in time; they may yet come."""
 
     def __init__(self, what: str, ranks: Sequence[int], waited_s: float) -> None:
         names = ", ".join(map(str, ranks))
@@ -40,21 +44,27 @@ class Exchange:
     def gather(self, what: str, value: T, timeout_s: float) -> list[T]:
         """Every rank's picklable `value`, in rank order, on every rank.
 
-        what: names the occasion in errors. Raises RanksMissing on every rank that is there.
+        what: names the occasion; it must be the same on all. Raises RanksMissing or OutOfStep on every rank
+        that is there.
         """
         self._calls += 1
-        self._store.set(self._key(self._rank), pickle.dumps(value))  # type: ignore[arg-type] # it takes bytes
-        if self._rank == 0:
-            self._publish(timeout_s)
-        answer = f"{self._calls}/all"
+        patience_s = 2 * timeout_s + GRACE_S
         try:
-            self._store.wait([answer], timedelta(seconds=timeout_s + GRACE_S))
-        except dist.DistStoreError as error:
-            raise RanksMissing(what, [0], timeout_s + GRACE_S) from error
-        missing, values = pickle.loads(self._store.get(answer))
+            self._store.set(self._key(self._rank), pickle.dumps((what, value)))  # type: ignore[arg-type] # takes bytes
+            if self._rank == 0:
+                self._publish(timeout_s)
+            answer = f"{self._calls}/all"
+            self._store.wait([answer], timedelta(seconds=patience_s))
+            missing, packed = pickle.loads(self._store.get(answer))
+        except dist.DistError as error:  # in time, or because the store has died with rank 0
+            raise RanksMissing(what, [0], patience_s) from error
         if missing:
             raise RanksMissing(what, missing, timeout_s)
-        return [pickle.loads(each) for each in values]
+        told = [pickle.loads(each) for each in packed]
+        if any(other != what for other, _ in told):
+            places = ", ".join(f"rank {rank}: {other}" for rank, (other, _) in enumerate(told))
+            raise OutOfStep(f"the ranks are at different places: {places}")
+        return [each for _, each in told]
 
     def _publish(self, timeout_s: float) -> None:
         """On rank 0: put all values, or the ranks that are missing, under one key."""

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_rpp.parity.evidence import Evidence
+from megatron_rpp.parity.evidence import Evidence, wrong_servers
 from megatron_rpp.parity.policy import is_sampled_otherwise
 
 Kind = Literal["weights", "tokenization", "sampling", "numerics", "unknown"]
@@ -28,9 +28,13 @@ class Diagnosis:
 
 
 def diagnose(e: Evidence) -> Diagnosis:
-    """The most certain cause of what `e` shows: what was proved stands before what was inferred."""
-    proved = _weights(e) or _prompt_ids(e) or _temperature(e) or _sampled_otherwise(e)
-    found = proved or _servers_disagree(e) or _only_sampling_disagrees(e)
+    """The most certain cause of what `e` shows: what was proved stands before what was inferred.
+
+    A temperature may fit log-probs that are wrong for another reason (a lost logit scale or soft cap); servers that
+    have only another temperature agree with the trainer at temperature 1, so they are heard first.
+    """
+    proved = _weights(e) or _prompt_ids(e) or _sampled_otherwise(e) or _servers_disagree(e)
+    found = proved or _temperature(e) or _only_sampling_disagrees(e)
     return Diagnosis(found.kind, " ".join([found.words, *(f"({note})" for note in e.notes)]))
 
 
@@ -47,13 +51,13 @@ def _weights(e: Evidence) -> Diagnosis | None:
 
 
 def _prompt_ids(e: Evidence) -> Diagnosis | None:
-    context = e.context
-    if not context.different:
+    check = e.prompt_ids
+    if not check.different:
         return None
     return Diagnosis(
         "tokenization",
-        f"the engine sampled {context.different} of {context.known} responses from other prompt ids than those trained "
-        f"on: {context.example}.{_retokenized(e)} Look at data.chat_template, data.prompt_template and at what stands "
+        f"the engine sampled {check.different} of {check.known} responses from other prompt ids than those trained "
+        f"on: {check.example}.{_retokenized(e)} Look at data.chat_template, data.prompt_template and at what stands "
         "between trainer and server.",
     )
 
@@ -77,21 +81,20 @@ def _temperature(e: Evidence) -> Diagnosis | None:
 
 def _sampled_otherwise(e: Evidence) -> Diagnosis | None:
     """The engine reports the trainer's log-probs, and draws other tokens than they say."""
-    if not is_sampled_otherwise(e.mean, e.bias):
+    if e.fit.explains or not is_sampled_otherwise(e.mismatch, e.top_p):
         return None
     return Diagnosis(
         "sampling",
         "the engine reports the trainer's log-probs and does not sample by them: the mean of -log-prob differs from "
-        f"the entropy by {e.bias:.3g} nats a token. rollout.top_p={e.top_p:g}; another top_p, top_k, min_p, a penalty "
-        "or greedy sampling on the server does that: look at its --preferred-sampling-params and at "
+        f"the entropy by {e.mismatch.bias():.3g} nats a token. A top_p below 1, top_k, min_p, a penalty or greedy "
+        "sampling on the server does that: look at its --preferred-sampling-params and at "
         "SGLANG_RETURN_ORIGINAL_LOGPROB in its environment.",
     )
 
 
 def _servers_disagree(e: Evidence) -> Diagnosis | None:
     """Given the same tokens, some server computes other log-probs than the trainer."""
-    # The errors of re-scoring are at temperature 1; at T the same error of the logits is 1 / T of it.
-    wrong = {url: r.mean for url, r in e.servers.items() if not r.mean <= 0.5 * e.fit.error * e.fit.configured}
+    wrong = wrong_servers(e.servers, e.fit.configured)
     if not wrong:
         return None
     which = ", ".join(f"{url} (by {mean:.3g} nats a token)" for url, mean in wrong.items())
@@ -116,17 +119,11 @@ def _only_sampling_disagrees(e: Evidence) -> Diagnosis:
             "unknown",
             f"prompt ids and temperature explain nothing, and no server scored the tokens again.{_growth(e)}",
         )
-    if e.top_p < 1 and e.mean <= -math.log(e.top_p):
-        return Diagnosis(
-            "sampling",
-            f"rollout.top_p={e.top_p:g} cuts the engine's distribution, so that its log-probs may differ by up to "
-            f"{-math.log(e.top_p):.3g} by design. Set it to 1 to train on what is sampled.",
-        )
-    if e.context.unknown:
+    if e.prompt_ids.unknown and not e.prompt_ids.known:
         return Diagnosis(
             "tokenization",
-            "the servers give these tokens the trainer's log-probs now and gave them others when they sampled, so they "
-            f"sampled behind another prompt; what they got they do not say.{_retokenized(e)} Look at "
+            "the servers give these tokens the trainer's log-probs now and gave them others when they sampled: most "
+            f"likely they sampled behind another prompt; what they got they do not say.{_retokenized(e)} Look at "
             "data.chat_template and at what stands between trainer and server.",
         )
     return Diagnosis(
@@ -141,29 +138,32 @@ def _servers(count: int) -> str:
 
 
 def _growth(e: Evidence) -> str:
-    if not e.correlation > _GROWS:
-        large = "; one as large cannot" if e.mean > _LARGE else ""
-        return f" The difference does not grow with the position (correlation {e.correlation:.2f}){large}."
+    correlation, slope = e.mismatch.growth()
+    if not correlation > _GROWS:
+        flat = f" The difference does not grow with the position (correlation {correlation:.2f})."
+        if e.mismatch.mean > _LARGE:
+            flat += f" That clears no rope setting: above {_LARGE:g} nats hardly any difference can grow further."
+        return flat
     return (
-        f" The difference grows with the position, by {e.slope:.2g} in 100 tokens (correlation {e.correlation:.2f}): "
+        f" The difference grows with the position, by {slope:.2g} in 100 tokens (correlation {correlation:.2f}): "
         "suspect rope settings and position ids first."
     )
 
 
 def _retokenized(e: Evidence) -> str:
     """Whether the trainer's own ids are those of the texts."""
-    context = e.context
-    if not context.retokenized:
+    check = e.prompt_ids
+    if not check.retokenized:
         return ""
     words = " The trainer's ids are those of the prompts' text."
-    if context.retokenized_otherwise:
+    if check.retokenized_otherwise:
         words = (
-            f" The trainer's ids are not those of the prompt's text for {context.retokenized_otherwise} of "
-            f"{context.retokenized} prompts."
+            f" The trainer's ids are not those of the prompt's text for {check.retokenized_otherwise} of "
+            f"{check.retokenized} prompts."
         )
-    if context.responses_otherwise:
+    if check.responses_otherwise:
         words += (
-            f" The text of {context.responses_otherwise} of {context.retokenized} responses tokenizes to other ids, "
+            f" The text of {check.responses_otherwise} of {check.retokenized} responses tokenizes to other ids, "
             "as sampled text often does."
         )
     return words

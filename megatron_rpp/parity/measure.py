@@ -23,7 +23,7 @@ class Mismatch:
     tokens: float = 0.0
     d: float = 0.0
     kl: float = 0.0  # k3 estimates of KL(engine || trainer)
-    surprise: float = 0.0  # s = -engine log-prob - trainer entropy, of mean 0 where the engine samples as it says
+    surprise: float = 0.0  # s, surprisal above entropy: -engine log-prob - trainer entropy
     surprise_squares: float = 0.0
     x: float = 0.0
     xx: float = 0.0
@@ -38,11 +38,11 @@ class Mismatch:
 
     @property
     def mean_surprise(self) -> float:
-        """Mean of s; 0 without tokens."""
+        """Mean surprisal above entropy, near 0 where the engine samples as it says; 0 without tokens."""
         return self.surprise / self.tokens if self.tokens else 0.0
 
     def bias(self) -> float:
-        """|mean of s| where it cannot be chance, else 0.
+        """|mean of s| where it cannot be chance, else 0; in nats a token.
 
         Whatever came before, a token sampled from the distribution whose entropy is taken has s of mean 0. So sum
         and squares give a z-score, although tokens depend on one another.
@@ -80,7 +80,7 @@ def measure(trainer: Tensor, engine: Tensor, loss_mask: Tensor, entropy: Tensor 
     Args:
         trainer, engine: [B, S] log-probs of the sampled tokens; outside loss_mask anything may stand.
         loss_mask: [B, S], 1 on response tokens.
-        entropy: [B, S] of the trainer's distributions; None leaves `surprise` at 0.
+        entropy: [B, S] of the trainer's distributions; None leaves the surprisal above it at 0.
     """
     engine, trainer = engine.double(), trainer.double()
     d = (trainer - engine).abs()

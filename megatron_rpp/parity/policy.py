@@ -26,19 +26,22 @@ def level_of(mismatch: Mismatch, limits: ParityConfig, top_p: float = 1.0) -> Le
     """The highest level whose threshold the mean difference is above; NaN is above all that are not 0.
 
     Tokens that were not sampled as their log-probs say, where these are right, lead to a warning at most:
-    importance weights could not correct that. Where `top_p` is below 1 it is what the user asked for.
+    importance weights could not correct that.
     """
     mean = mismatch.mean
     for level, limit in ((Level.STOP, limits.stop), (Level.CORRECT, limits.correct), (Level.WARN, limits.warn)):
         if limit and not mean <= limit:
             return level
-    is_biased = limits.warn and top_p == 1 and is_sampled_otherwise(mean, mismatch.bias(), limits.warn)
+    is_biased = limits.warn and is_sampled_otherwise(mismatch, top_p, limits.warn)
     return Level.WARN if is_biased else Level.FINE
 
 
-def is_sampled_otherwise(mean: float, bias: float, least: float = 0.0) -> bool:
-    """Whether the bias is above `least` and more than differences of log-probs of `mean` can make."""
-    return bias > max(least, 3 * mean)
+def is_sampled_otherwise(mismatch: Mismatch, top_p: float, least: float = 0.0) -> bool:
+    """Whether the bias is above `least` and more than the differences of log-probs can make.
+
+    Never where `top_p` is below 1: there it is what the user asked for.
+    """
+    return top_p == 1 and mismatch.bias() > max(least, 3 * mismatch.mean)
 
 
 def corrected(config: Config) -> Config:

@@ -38,11 +38,16 @@ def shortened(row: int, prompt: Sequence[int], response: Sequence[int], context_
     return ScoreItem(row, (*prompt, *response[: max(room, 0)]), len(prompt))
 
 
+def share_of(urls: Sequence[str], replica: int, replicas: int) -> Sequence[str]:
+    """The servers that this replica asks: together the replicas ask each server, and each replica one at least."""
+    return urls[replica::replicas] or ([urls[replica % len(urls)]] if urls else [])
+
+
 def assign(sequences: Sequence[ScoreItem], urls: Sequence[str]) -> dict[str, list[ScoreItem]]:
     """Which server scores which: in turn, and every server at least one."""
     given: dict[str, list[ScoreItem]] = {url: [] for url in urls}
     usable = [s for s in sequences if len(s.ids) > s.start]
-    for i in range(max(len(usable), len(urls)) if usable else 0):
+    for i in range(max(len(usable), len(urls)) if usable and urls else 0):
         given[urls[i % len(urls)]].append(usable[i % len(usable)])
     return given
 
@@ -59,6 +64,8 @@ def rescore(
             scored[url] = future.result()
         except RolloutError as error:
             failed.append(f"not scored again: {error}")
+        except Exception as error:  # JSON of another shape
+            failed.append(f"not scored again: {url}/generate: {type(error).__name__}: {error}")
     return scored, failed
 
 

@@ -15,6 +15,8 @@ from megatron_rpp.rollout.protocol import RolloutError
 
 UNVERIFIED = "unverified"
 """The version that a server answers with from the start of a sync until its weights are verified."""
+MEMORY = ("weights", "kv_cache")
+"""What a server gives back and takes again."""
 _POLL_S = 0.05
 _OF_RANK = {"checksums", "parallelism_info"}
 
@@ -56,6 +58,16 @@ def set_version(url: str, version: str, timeout_s: float) -> None:
     post_json(url, "update_weight_version", {"new_version": version, "abort_all_requests": False}, timeout_s)
 
 
+def version(url: str, timeout_s: float) -> str:
+    """What the server answers as now."""
+    return str(get_json(url, "model_info", timeout_s).get("weight_version"))
+
+
+def weight_loaders(url: str, timeout_s: float) -> list[str]:
+    """The dotted names of the loaders that the server was started with (--custom-weight-loader)."""
+    return [str(name) for name in get_json(url, "server_info", timeout_s).get("custom_weight_loader") or []]  # type: ignore[attr-defined]
+
+
 def flush_cache(url: str, timeout_s: float) -> None:
     """Drop the prefix cache, which belongs to the old weights; the server refuses while requests run."""
     post_json(url, "flush_cache", {}, timeout_s)
@@ -77,11 +89,11 @@ def checksums(url: str, skip: Sequence[str], timeout_s: float) -> list[dict[str,
 
 def release_memory(url: str, timeout_s: float) -> None:
     """Give the GPU memory of weights and KV cache back; the server must be idle."""
-    post_json(url, "release_memory_occupation", {"tags": ["kv_cache", "weights"]}, timeout_s)
+    post_json(url, "release_memory_occupation", {"tags": list(MEMORY)}, timeout_s)
 
 
 def resume_memory(url: str, tags: Sequence[str], timeout_s: float) -> None:
-    """Take the memory of `tags` (weights, kv_cache) again; what was in it is lost."""
+    """Take the memory of `tags` (of MEMORY) again, once; what was in it is lost."""
     post_json(url, "resume_memory_occupation", {"tags": list(tags)}, timeout_s)
 
 

@@ -10,17 +10,17 @@ from pathlib import Path
 
 from megatron_rpp import device
 from megatron_rpp.config.schema import Config
+from megatron_rpp.experience.types import UNSYNCED
+from megatron_rpp.rollout.in_server.delta_loader import LOADER
 from megatron_rpp.rollout.members import AttachedMember, Member, SpawnedMember
 from megatron_rpp.rollout.probe import at_once
 from megatron_rpp.rollout.protocol import RolloutError
-from megatron_rpp.rollout.replies import UNSYNCED
 from megatron_rpp.rollout.server_command import server_dtype
 from megatron_rpp.rollout.sglang_server import SGLangServer
 from megatron_rpp.rollout.urls_file import UrlsFile
 
 logger = logging.getLogger(__name__)
 
-_DELTA_LOADER = "megatron_rpp.rollout.in_server.delta_loader.apply"
 _POLL_S = 0.2
 
 
@@ -31,7 +31,7 @@ class Server:
     url: str
     tp_size: int
     device: str  # cpu | cuda
-    version: int  # policy version it was last brought to; -1: none, also after a restart
+    version: int  # policy version it was last brought to; UNSYNCED: none, also after a restart
 
 
 class ServerFleet:
@@ -77,7 +77,7 @@ class ServerFleet:
         """The healthy servers, in a stable order, after the dead and the silent were dropped and new ones taken in.
 
         `suspects` are URLs to be asked thoroughly, which takes rollout.health_deadline_s where one is silent; those
-        that answer stay, with version -1. What cannot be started is logged, and tried again at a later call.
+        that answer stay, UNSYNCED. What cannot be started is logged, and tried again at a later call.
         """
         for trouble in self._look(suspects).values():
             logger.warning("%s", trouble)
@@ -150,6 +150,6 @@ def _server(config: Config, index: int) -> SGLangServer:
         device=device.current().type,
         trust_remote_code=config.model.trust_remote_code,
         base_gpu=index * rollout.server_tensor,
-        weight_loader=_DELTA_LOADER if "delta" in config.weight_sync.transports else None,
+        weight_loader=LOADER if "delta" in config.weight_sync.transports else None,
         port=rollout.port and rollout.port + index,
     )

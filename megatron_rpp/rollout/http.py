@@ -35,15 +35,6 @@ def get_json(url: str, endpoint: str, timeout_s: float) -> dict[str, object]:
     return _call("GET", url, endpoint, None, timeout_s)
 
 
-def is_healthy(url: str, timeout_s: float) -> bool:
-    """GET url/health answers 200: SGLang does so once its scheduler gave a sign of life, after about 1 s."""
-    try:
-        get_json(url, "health", timeout_s)
-    except RolloutError:
-        return False
-    return True
-
-
 def reply_message(body: str) -> str:
     """The message in an error body of SGLang, or the body itself."""
     try:

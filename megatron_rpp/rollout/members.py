@@ -8,11 +8,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from megatron_rpp.config.schema import RolloutConfig
+from megatron_rpp.experience.types import UNSYNCED
 from megatron_rpp.rollout.backoff import Backoff
 from megatron_rpp.rollout.http import post_json
 from megatron_rpp.rollout.probe import ServerInfo, accepts_connections, examine
 from megatron_rpp.rollout.protocol import RolloutError
-from megatron_rpp.rollout.replies import UNSYNCED
 from megatron_rpp.rollout.sglang_server import SGLangServer
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ _BRIEF_S = 5.0  # for one that does not serve: if it is only slow, the next look
 
 
 class Member(ABC):
-    """`look` may run in any thread and changes nothing; everything else belongs to the main thread."""
+    """`look` may run in any thread, as it changes nothing in here; everything else belongs to the main thread."""
 
     def __init__(self, rollout: RolloutConfig) -> None:
         self._rollout = rollout
@@ -71,6 +71,7 @@ class AttachedMember(Member):
         return self._url
 
     def look(self, *, is_suspect: bool) -> ServerInfo | str:
+        """As Member's; and one that is not well is told to sample again."""
         seen = super().look(is_suspect=is_suspect)
         if self.info is None and isinstance(seen, str) and accepts_connections(self.url):
             # A trainer that died in a sync, or a sync that failed, may have left it paused; then it never gets well.
@@ -103,7 +104,7 @@ class SpawnedMember(Member):
         return self._server.url
 
     def start(self) -> None:
-        """Raises ValueError where rollout.port is in use."""
+        """Raises ConfigError where rollout.port is in use."""
         self._server.start()
 
     def stop(self) -> None:

@@ -1,12 +1,9 @@
-"""What the loop asks of a rollout engine."""
+"""What is asked of servers that sample, and how that fails."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
-
-from megatron_rpp.experience.types import Prompt, Rollout
 
 
 @dataclass(frozen=True)
@@ -26,11 +23,3 @@ class RolloutError(RuntimeError):
 
 
 ProgressCallback = Callable[[int, int], None]  # (responses done, responses asked)
-
-
-class RolloutEngine(Protocol):
-    """Samples responses. Results come prompt by prompt, `num_samples_per_prompt` in a row."""
-
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, progress: ProgressCallback | None = None
-    ) -> list[Rollout]: ...

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_rpp.experience.types import Prompt, Rollout, VersionSpan
-
-UNSYNCED = -1  # policy version of weights that no sync has named yet
+from megatron_rpp.experience.types import UNSYNCED, Prompt, Rollout, VersionSpan
 
 
 def check_samples(reply: Any) -> list[dict[str, Any]]:
@@ -73,7 +71,7 @@ def other_versions(samples: Sequence[dict[str, Any]], wanted: int) -> set[int]:
 
 
 def parse_version(weight_version: str | None) -> int:
-    """Policy version that a sync wrote as `weight_version`; -1 for a server that was never synced."""
+    """Policy version that a sync wrote as `weight_version`; UNSYNCED for a server that never was."""
     try:
         return int(weight_version or "")
     except ValueError:

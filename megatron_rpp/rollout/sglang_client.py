@@ -10,9 +10,9 @@ import aiohttp
 
 from megatron_rpp.config.schema import RolloutConfig
 from megatron_rpp.experience.types import Prompt, Rollout
-from megatron_rpp.rollout.http import HttpFailure, is_healthy, post_json, reply_message
+from megatron_rpp.rollout.http import HttpFailure, reply_message
 from megatron_rpp.rollout.payloads import generate_payloads
-from megatron_rpp.rollout.protocol import ProgressCallback, RolloutEngine, RolloutError, SamplingParams
+from megatron_rpp.rollout.protocol import ProgressCallback, RolloutError, SamplingParams
 from megatron_rpp.rollout.replies import check_samples, other_versions, to_rollout
 from megatron_rpp.rollout.server_pool import ServerLost, ServerPool
 
@@ -21,7 +21,7 @@ _MAX_BACKOFF_S = 8.0
 Samples = list[dict[str, Any]]
 
 
-class SGLangClient(RolloutEngine):
+class SGLangClient:
     """`generate` spreads the prompts over `urls`; a server that dies or falls silent meanwhile is done without."""
 
     def __init__(self, urls: Sequence[str], rollout: RolloutConfig, decode: Callable[[Sequence[int]], str]) -> None:
@@ -129,18 +129,6 @@ class SGLangClient(RolloutEngine):
             for server in left:
                 pool.give_up(server, cause)
             raise RolloutError(f"{cause} (after rollout.max_retries={self._rollout.max_retries} retries)")
-
-    def post(self, url: str, endpoint: str, payload: dict[str, object], timeout_s: float) -> dict[str, object]:
-        """POST JSON and give the JSON reply. Raises RolloutError with url, endpoint and reply."""
-        return post_json(url, endpoint, payload, timeout_s)
-
-    def health(self, url: str, timeout_s: float = 10.0) -> bool:
-        """The server answers and its scheduler is alive."""
-        return is_healthy(url, timeout_s)
-
-    def flush_cache(self, url: str, timeout_s: float = 30.0) -> None:
-        """Drop the prefix cache, which belongs to the old weights; the server refuses while requests run."""
-        self.post(url, "flush_cache", {}, timeout_s)
 
 
 def _open_session() -> aiohttp.ClientSession:

@@ -20,7 +20,7 @@ import psutil
 from megatron_rpp.config.preflight import claim_port
 from megatron_rpp.config.schema import RolloutConfig
 from megatron_rpp.rollout import die_with_parent
-from megatron_rpp.rollout.http import is_healthy
+from megatron_rpp.rollout.probe import examine
 from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.rollout.server_command import HOST, server_command, server_environment
 
@@ -29,6 +29,8 @@ _START_ATTEMPTS = 3
 # is so busy that the server's own call to itself after its warm-up timed out.
 _TRANSIENT = ("address already in use", "_freeze_gc_after_server_warmup")
 _TAIL_LINES = 30
+_PROBE_S = 5.0
+_POLL_S = 0.2
 
 
 class SGLangServer:
@@ -89,16 +91,16 @@ class SGLangServer:
         return f"its process has ended ({_describe_exit(self._process.returncode)}); its log is {self._log_path}"
 
     def start(self) -> None:
-        """Spawn; returns at once. Raises ValueError if the requested port is in use."""
+        """Spawn; returns at once. Raises ConfigError if the requested port is in use."""
         assert self._process is None, "start() on a server that was not stopped"
         self._starts, self._started_at = 0, time.monotonic()
         self._spawn()
 
     def wait_ready(self, deadline_s: float) -> None:
         """Wait until it answers. Raises RolloutError with the end of its log if it dies or takes too long."""
-        while not self._is_healthy():
+        while not self.is_alive() or isinstance(examine(self.url, _PROBE_S), str):
             self.check_start(deadline_s)
-            time.sleep(0.2)
+            time.sleep(_POLL_S)
 
     def check_start(self, deadline_s: float) -> None:
         """For a server that does not answer yet; spawns it again where it died for a reason that may pass.
@@ -169,9 +171,6 @@ class SGLangServer:
             f"SGLang server {self.url} died while starting ({_describe_exit(process.returncode)}); "
             f"the end of its log {self._log_path}:\n{tail}"
         )
-
-    def _is_healthy(self) -> bool:
-        return self.is_alive() and is_healthy(self.url, timeout_s=5.0)
 
 
 def _wait_for_group(group: int, timeout_s: float = 10.0) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from megatron_rpp.config.errors import ConfigError
+from megatron_rpp.config.urls import is_url
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +49,3 @@ def parse_urls(text: str) -> tuple[tuple[str, ...], list[str]]:
         elif url and url not in urls:
             urls.append(url)
     return tuple(urls), complaints
-
-
-def is_url(url: str) -> bool:
-    """http or https, with a host, and a port that can be one."""
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and " " not in url
-    except ValueError:
-        return False

@@ -6,10 +6,10 @@ follow. The next bucket is gathered while the last one is on its way.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 from megatron_rpp.weight_sync.export import Bucket, stage_buckets
-from megatron_rpp.weight_sync.in_flight import InFlight, Poster, stream
+from megatron_rpp.weight_sync.in_flight import InFlight, post_all, stream
 from megatron_rpp.weight_sync.server_group import ServerGroup
 from megatron_rpp.weight_sync.transport import Shipment
 
@@ -23,13 +23,12 @@ class BroadcastTransport:
     def __init__(self, *, bucket_bytes: int) -> None:
         self._bucket_bytes = bucket_bytes
         self._group: ServerGroup | None = None
-        self._poster = Poster()
 
     def send(self, shipment: Shipment) -> int:
         """See Transport. The group stays for the next sync, as long as the servers are the same."""
-        buckets = stage_buckets(shipment.export, self._bucket_bytes)
+        make = partial(stage_buckets, shipment.export, bucket_bytes=self._bucket_bytes)
         group = cache(lambda: self._joined(shipment))  # on the sender alone, and where its errors are seen to
-        return stream(shipment, buckets, lambda bucket: self._start(group(), bucket, shipment))
+        return stream(shipment, make, lambda bucket: self._start(group(), bucket, shipment))
 
     def settle(self, *, verified: bool) -> None:
         """Keep the group where all went well."""
@@ -41,7 +40,6 @@ class BroadcastTransport:
         if self._group is not None:
             self._group.close()
         self._group = None
-        self._poster.close()
 
     def _joined(self, shipment: Shipment) -> ServerGroup:
         if self._group is None or not self._group.is_of(shipment.servers):
@@ -59,5 +57,5 @@ class BroadcastTransport:
             "load_format": "flattened_bucket",
             "flush_cache": False,
         }
-        replies = self._poster.post("update_weights_from_distributed", dict.fromkeys(shipment.urls, payload), timeout_s)
+        replies = post_all("update_weights_from_distributed", dict.fromkeys(shipment.urls, payload), timeout_s)
         return InFlight(bucket, bucket.flat.numel(), replies, group.broadcast(bucket.flat, timeout_s))

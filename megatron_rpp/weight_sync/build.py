@@ -10,18 +10,28 @@ from megatron_rpp import device
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.schema import Config
 from megatron_rpp.model.build import Model
+from megatron_rpp.model.hf_config import HFConfig
 from megatron_rpp.rollout.fleet import ServerFleet
 from megatron_rpp.rollout.sglang_client import SGLangClient
 from megatron_rpp.weight_sync.broadcast import BroadcastTransport
 from megatron_rpp.weight_sync.delta_transport import DeltaTransport
 from megatron_rpp.weight_sync.disk import DiskTransport
 from megatron_rpp.weight_sync.ipc import IpcTransport
+from megatron_rpp.weight_sync.server_layout import ServerLayout
 from megatron_rpp.weight_sync.synced_engine import SyncedRolloutEngine
 from megatron_rpp.weight_sync.transport import Transport
 
 
+def check_weight_sync(config: Config, hf: HFConfig) -> None:
+    """What can be told before servers and models are there. Raises ConfigError."""
+    if config.weight_sync.verify != "off":
+        ServerLayout(hf)
+    if "ipc" in config.weight_sync.transports and not device.has_cuda():
+        raise ConfigError("weight_sync.transports=ipc needs servers on the trainer's GPUs; choose broadcast or disk")
+
+
 def build_engine(config: Config, policy: Model, fleet: ServerFleet | None, client: SGLangClient) -> SyncedRolloutEngine:
-    """fleet: on rank 0. Raises ConfigError for a transport that this host cannot have."""
+    """fleet: on rank 0."""
     transports = [build_transport(name, config) for name in config.weight_sync.transports]
     return SyncedRolloutEngine(policy, fleet, client, transports, config, export_dtype(config))
 
@@ -45,9 +55,5 @@ def build_transport(name: str, config: Config) -> Transport:
     if name == "delta":
         return DeltaTransport(broadcast, bucket_bytes=bucket_bytes, full_every=sync.delta_full_every)
     if name == "ipc":
-        if not device.has_cuda():
-            raise ConfigError(
-                "weight_sync.transports=ipc needs servers on the trainer's GPUs; choose broadcast or disk"
-            )
         return IpcTransport(bucket_bytes=bucket_bytes)
     return broadcast

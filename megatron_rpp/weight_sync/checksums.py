@@ -15,12 +15,10 @@ from torch import Tensor
 
 from megatron_rpp.model.hf_config import HFConfig
 from megatron_rpp.model.hf_io.fp8_blocks import BLOCK, SCALE_SUFFIX, dequantize
-from megatron_rpp.weight_sync.checksum_report import differences, is_skipped, sampled_out
+from megatron_rpp.weight_sync.checksum_report import is_skipped
 from megatron_rpp.weight_sync.server_cuts import Cutter
 from megatron_rpp.weight_sync.server_layout import Part, ServerLayout, derived, made_of
 from megatron_rpp.weight_sync.server_parameter import ServerParameter
-
-__all__ = ["Digests", "ExpectedChecksums", "differences", "merge", "sampled_out"]
 
 Digests = dict[int, list[dict[str, str]]]
 """TP size -> [server TP rank] -> {server parameter: digest}."""

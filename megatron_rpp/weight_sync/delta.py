@@ -1,6 +1,6 @@
 """The sender's side of the delta transport: only values that changed since the last sync, bit for bit.
 
-The receiver is rollout/in_server/delta_loader.py, which a server must be started with: `SERVER_ARGS`.
+The receiver is rollout/in_server/delta_loader.py, which a server must be started with.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ from torch import Tensor
 
 from megatron_rpp.device import dtype_name
 from megatron_rpp.rollout.in_server.delta_codec import encode
-from megatron_rpp.rollout.in_server.delta_loader import BLOB, FAILED, MANIFEST
+from megatron_rpp.rollout.in_server.delta_loader import BLOB, FAILED, LOADER, MANIFEST
 from megatron_rpp.weight_sync.export import JOINED, PARTNER, partner_of
 
-LOADER = "megatron_rpp.rollout.in_server.delta_loader.apply"
-SERVER_ARGS = ("--custom-weight-loader", LOADER)
 ENDPOINT = "update_weights_from_tensor"
 STATUS_SKIP = (".",)
 """For `rollout.control.checksums`: skips every weight, so that only failures of the loader are left."""
@@ -45,6 +43,7 @@ class DeltaBucket:
 
     pieces: tuple[Piece, ...]
     is_first: bool  # of an attempt; the servers forget failures of earlier ones
+    may_overlap: bool = True  # see in_flight.Sendable
 
     @property
     def names(self) -> list[str]:
@@ -78,30 +77,19 @@ class DeltaBucket:
 class DeltaEncoder:
     """Remembers what was last sent and turns new tensors into changes from it.
 
-    Memory: one copy of the tensors on the host, in the dtype they are sent in. After a failed sync a server
-    may hold a part of it, so that no base is true any more: the next `encode` sends everything. All servers
-    that are sent to must hold the last committed tensors; call `rollback` when another one joins.
+    Memory: one copy of the tensors on the host, in the dtype they are sent in. All servers that are sent changes
+    must hold what was last encoded or remembered; after a failed sync one may hold a part of it: `forget` then.
     """
 
     def __init__(self) -> None:
         self._base: dict[str, Tensor] = {}
-        self._is_open = False  # tensors were encoded or remembered, and not committed
-        self._is_encoding = False
-
-    @property
-    def has_base(self) -> bool:
-        """Whether the next `encode` sends changes only."""
-        return bool(self._base) and not self._is_open
 
     def encode(self, tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[DeltaBucket]:
         """What changed, in buckets whose tensors take at most `max_bytes` as a whole; a larger one goes alone.
 
         The bound holds for the payload (before base64) and for what a server decodes of it. A tensor that is
-        new or has another shape or dtype is sent as a whole. To be run to its end, then `commit`ted.
+        new or has another shape or dtype is sent as a whole. To be run to its end.
         """
-        if self._is_open:  # an earlier attempt was given up
-            self.rollback()
-        self._is_open = self._is_encoding = True
         pending: list[Piece] = []
         is_first = True
         for name, tensor in tensors:
@@ -115,22 +103,14 @@ class DeltaEncoder:
                 is_first = False
         if pending:
             yield DeltaBucket(tuple(pending), is_first)
-        self._is_encoding = False
 
     def remember(self, name: str, tensor: Tensor) -> None:
-        """`tensor` was sent as a whole by another transport. After the last one, `commit`."""
-        self._is_open = True
+        """`tensor` was sent as a whole by another transport."""
         self._keep(name, tensor.detach())
 
-    def commit(self) -> None:
-        """Every server holds what was encoded or remembered."""
-        assert not self._is_encoding, "commit() before encode() has come to its end"
-        self._is_open = False
-
-    def rollback(self) -> None:
-        """Some server may not hold it: forget everything, so that the next `encode` sends everything."""
+    def forget(self) -> None:
+        """The next `encode` sends everything."""
         self._base.clear()
-        self._is_open = self._is_encoding = False
 
     def _change(self, name: str, tensor: Tensor) -> Piece | None:
         """None where nothing changed, and nothing needs to be sent."""

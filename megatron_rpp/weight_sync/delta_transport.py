@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
+from megatron_rpp.experience.types import UNSYNCED
 from megatron_rpp.rollout import control
+from megatron_rpp.rollout.fleet import Server
 from megatron_rpp.rollout.http import post_json
+from megatron_rpp.rollout.in_server.delta_loader import LOADER
+from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.weight_sync.delta import (
     ENDPOINT,
     STATUS_SKIP,
@@ -18,8 +22,9 @@ from megatron_rpp.weight_sync.delta import (
     forget_failures,
     payload,
 )
-from megatron_rpp.weight_sync.in_flight import InFlight, Poster, stream
-from megatron_rpp.weight_sync.transport import ServerFailure, Shipment, Transport
+from megatron_rpp.weight_sync.in_flight import InFlight, post_all, stream
+from megatron_rpp.weight_sync.phases import for_each_server
+from megatron_rpp.weight_sync.transport import Deadline, ServerFailure, Shipment, Transport
 
 
 class DeltaTransport:
@@ -35,9 +40,9 @@ class DeltaTransport:
         """full: sends everything where there is nothing to build on, and at every `full_every`-th sync."""
         assert full.streams, "one update session serves both"
         self._full, self._bucket_bytes, self._full_every = full, bucket_bytes, full_every
-        self._encoder, self._poster = DeltaEncoder(), Poster()
-        self._base: int | None = None  # the version that the encoder remembers
-        self._version = -1  # of the present sync
+        self._encoder = DeltaEncoder()
+        self._base: int | None = None  # the version that the encoder remembers, verified
+        self._version = UNSYNCED  # of the present sync
         self._since_full = 0
 
     def send(self, shipment: Shipment) -> int:
@@ -52,15 +57,11 @@ class DeltaTransport:
     def settle(self, *, verified: bool) -> None:
         """What was sent is what the next sync builds on, or there is nothing to build on."""
         self._full.settle(verified=verified)
-        if verified:
-            self._encoder.commit()
-            self._base = self._version
-        else:
-            self._encoder.rollback()
-            self._base = None
+        self._base = self._version if verified else None
+        if not verified:
+            self._encoder.forget()
 
     def close(self) -> None:
-        self._poster.close()
         self._full.close()
 
     def _must_be_full(self, shipment: Shipment) -> bool:
@@ -78,41 +79,43 @@ class DeltaTransport:
                 watch(name, tensor)
             self._encoder.remember(name, tensor)
 
-        return self._full.send(replace(shipment, export=replace(shipment.export, watch=remember)))
+        sent = self._full.send(replace(shipment, export=replace(shipment.export, watch=remember)))
+        for_each_server(shipment.servers, check_loader, shipment.deadline)  # before the first delta, which would end it
+        return sent
 
     def _send_changes(self, shipment: Shipment) -> int:
-        tensors = shipment.export.tensors()
-        if not shipment.policy.parallel.is_stage_leader:
-            deque(tensors, maxlen=0)
-            return 0
-        try:
-            changes = self._encoder.encode(tensors, self._bucket_bytes)
-            sent = stream(shipment, changes, lambda bucket: self._start(bucket, shipment))
-        finally:
-            deque(tensors, maxlen=0)  # where the encoder has failed
-        self._raise_refusals(shipment)
+        make = partial(self._encoder.encode, max_bytes=self._bucket_bytes)
+        sent = stream(shipment, make, lambda bucket: self._start(bucket, shipment))
+        if shipment.policy.parallel.is_stage_leader:
+            for_each_server(shipment.servers, check_loaded, shipment.deadline)
         return sent
 
     def _start(self, bucket: DeltaBucket, shipment: Shipment) -> InFlight:
         payloads = {server.url: payload(bucket, server.tp_size) for server in shipment.servers}
         sent = sum(bucket.wire_bytes(server.tp_size) for server in shipment.servers)
-        return InFlight(
-            ", ".join(bucket.names[:3]), sent, self._poster.post(ENDPOINT, payloads, shipment.deadline.left_s())
+        return InFlight(", ".join(bucket.names[:3]), sent, post_all(ENDPOINT, payloads, shipment.deadline.left_s()))
+
+
+def check_loader(server: Server, deadline: Deadline) -> None:
+    """Raises ServerFailure where `server` was started without our loader."""
+    loaders = control.weight_loaders(server.url, deadline.left_s())
+    if LOADER not in loaders:
+        raise ServerFailure(
+            server.url, f"weight_sync.transports=delta needs it started with --custom-weight-loader {LOADER}"
         )
 
-    @staticmethod
-    def _raise_refusals(shipment: Shipment) -> None:
-        """SGLang answers well even where our loader could not load; it leaves a note that has to be asked for.
 
-        The notes are taken away again: they would stand among the server's tensors.
-        """
-        found = [
-            (server, failures(control.checksums(server.url, STATUS_SKIP, shipment.deadline.left_s())))
-            for server in shipment.servers
-        ]
-        for server, notes in found:
-            if notes:
-                post_json(server.url, ENDPOINT, forget_failures(server.tp_size), shipment.deadline.left_s())
-        for server, notes in found:
-            if notes:
-                raise ServerFailure(server.url, "; ".join(notes))
+def check_loaded(server: Server, deadline: Deadline) -> None:
+    """Raises ServerFailure with what `server` could not load since the first bucket, RolloutError where it is mute.
+
+    SGLang answers well even where our loader could not load; it leaves notes that have to be asked for. They are
+    taken away again: they would stand among the server's tensors.
+    """
+    notes = failures(control.checksums(server.url, STATUS_SKIP, deadline.left_s()))
+    if not notes:
+        return
+    try:
+        post_json(server.url, ENDPOINT, forget_failures(server.tp_size), deadline.left_s())
+    except RolloutError as error:
+        notes.append(f"the note of it could not be taken away: {error}")
+    raise ServerFailure(server.url, "; ".join(notes))

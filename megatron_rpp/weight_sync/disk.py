@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_rpp.model.save_hf import partial_of, save_hf
-from megatron_rpp.weight_sync.in_flight import InFlight, Poster
+from megatron_rpp.weight_sync.in_flight import InFlight, post_all
 from megatron_rpp.weight_sync.transport import Shipment
 
 
@@ -24,7 +24,6 @@ class DiskTransport:
         mtp: `keep` or `drop` the multi-token prediction layers of `source`, beside the policy.
         """
         self._folder, self._seen_as, self._source, self._mtp = folder, seen_as, source, mtp
-        self._poster = Poster()
 
     def send(self, shipment: Shipment) -> int:
         """See Transport. A folder that could not be written whole is removed: the disk may be full."""
@@ -44,7 +43,7 @@ class DiskTransport:
         if dist.get_rank() == 0:
             payload: dict[str, object] = {"model_path": self._seen_as, "flush_cache": False}
             payloads = dict.fromkeys(shipment.urls, payload)
-            replies = self._poster.post("update_weights_from_disk", payloads, shipment.deadline.left_s())
+            replies = post_all("update_weights_from_disk", payloads, shipment.deadline.left_s())
             InFlight(self._folder, sent, replies).wait(shipment.deadline)
         return sent
 
@@ -52,4 +51,4 @@ class DiskTransport:
         """Nothing is built on the folder."""
 
     def close(self) -> None:
-        self._poster.close()
+        """Nothing is held between syncs."""

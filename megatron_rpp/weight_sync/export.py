@@ -30,6 +30,7 @@ class Bucket:
 
     entries: tuple[Entry, ...]
     flat: Tensor  # [bytes] uint8
+    may_overlap: bool = True  # the next one may be made while this one is sent; not beside an outsize tensor
 
     @property
     def names(self) -> list[str]:
@@ -48,23 +49,22 @@ class Bucket:
         return self.names[0] if len(self.entries) == 1 else f"{self.names[0]} .. {self.names[-1]}"
 
 
-def stage_buckets(export: StageExport, bucket_bytes: int) -> Iterator[Bucket]:
-    """This stage's tensors in buckets. A collective as `export.tensors` is: run it to its end."""
-    plan = plan_buckets(entries_of(export.empty()), payload_bytes(export, bucket_bytes))
-    return fill_buckets(export.tensors(), plan)
+def stage_buckets(export: StageExport, tensors: Iterator[NamedTensor], bucket_bytes: int) -> Iterator[Bucket]:
+    """`tensors`, those of `export`, in buckets."""
+    return fill_buckets(tensors, plan_buckets(entries_of(export.empty()), payload_bytes(export, bucket_bytes)))
 
 
 def payload_bytes(export: StageExport, bucket_bytes: int) -> int:
     """What a bucket may hold so that two of them and the gather of one parameter fit into two `bucket_bytes`.
 
-    A gather holds its parameter twice: the shards, and the tensors merged from them.
+    A gather may hold its parameter twice: its shards, and the tensors merged from them.
     """
     parallel = export.model.parallel
     ranks = max(parallel.tp_size, parallel.etp_size)
     sizes = (
         item.parameter.nbytes * (1 if item.dim is None else ranks) for item in sharded_parameters(export.model.chunks)
     )
-    return max(bucket_bytes - max(sizes, default=0), bucket_bytes // 2)
+    return max(bucket_bytes - max(sizes, default=0), bucket_bytes // 4)
 
 
 def plan_buckets(entries: Sequence[Entry], max_bytes: int) -> list[list[Entry]]:
@@ -94,25 +94,41 @@ def partner_of(name: str) -> str:
 
 
 def fill_buckets(tensors: Iterator[NamedTensor], plan: Sequence[Sequence[Entry]]) -> Iterator[Bucket]:
-    """The planned buckets, each yielded as soon as it is full; `tensors` come in the order of the plan's entries."""
+    """The planned buckets, each yielded as soon as it is full; `tensors` come in the order of the plan's entries.
+
+    Two buffers take turns: a bucket is good until the next but one is asked for.
+    """
+    buffers: list[Tensor] = []
+    size = max((_bytes_of(entries) for entries in plan if len(entries) > 1), default=0)
     for entries in plan:
         if len(entries) == 1:
             name, tensor = next(tensors)
             assert name == entries[0].name, f"{name} came in the place of {entries[0].name}"
-            yield Bucket(tuple(entries), as_bytes(tensor))  # no copy where it lies in one piece
-            continue
-        flat = None
-        starts = dict(zip((entry.name for entry in entries), _starts(entries), strict=True))
-        for _ in entries:
-            name, tensor = next(tensors)
-            if flat is None:
-                flat = torch.empty(sum(entry.nbytes for entry in entries), dtype=torch.uint8, device=tensor.device)
-            flat[starts[name] :][: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-            del tensor  # before the next one is gathered
-        assert flat is not None
-        yield Bucket(tuple(entries), flat)
+            flat = as_bytes(tensor)  # no copy where it lies in one piece
+            del tensor
+            yield Bucket(tuple(entries), flat, may_overlap=flat.numel() <= size)
+        else:
+            flat = _filled(tensors, entries, buffers, size)
+            yield Bucket(tuple(entries), flat)
+            buffers.reverse()
         del flat
     assert next(tensors, None) is None, "more tensors than planned"
+
+
+def _filled(tensors: Iterator[NamedTensor], entries: Sequence[Entry], buffers: list[Tensor], size: int) -> Tensor:
+    """The next tensors in the first of `buffers`; makes another where there are not two yet."""
+    starts = dict(zip((entry.name for entry in entries), _starts(entries), strict=True))
+    flat = None
+    for _ in entries:
+        name, tensor = next(tensors)
+        if flat is None:
+            if len(buffers) < 2:
+                buffers.insert(0, torch.empty(size, dtype=torch.uint8, device=tensor.device))
+            flat = buffers[0][: _bytes_of(entries)]
+        flat[starts[name] :][: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        del tensor  # before the next one is gathered
+    assert flat is not None
+    return flat
 
 
 def tensors_of(bucket: Bucket) -> list[NamedTensor]:
@@ -127,6 +143,10 @@ def tensors_of(bucket: Bucket) -> list[NamedTensor]:
 def as_bytes(tensor: Tensor) -> Tensor:
     """The bytes of `tensor`, [n] uint8; a view where it is contiguous."""
     return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+def _bytes_of(entries: Sequence[Entry]) -> int:
+    return sum(entry.nbytes for entry in entries)
 
 
 def _starts(entries: Sequence[Entry]) -> list[int]:

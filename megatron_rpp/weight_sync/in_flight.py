@@ -5,18 +5,29 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Protocol, TypeVar
 
 import torch.distributed as dist
 
+from megatron_rpp.model.stage_export import NamedTensor
 from megatron_rpp.rollout.http import post_json
-from megatron_rpp.rollout.protocol import RolloutError
+from megatron_rpp.weight_sync.threads import in_thread
 from megatron_rpp.weight_sync.transport import Deadline, ServerFailure, Shipment
 
-B = TypeVar("B")
+
+class Sendable(Protocol):
+    """A bucket of any transport."""
+
+    @property
+    def may_overlap(self) -> bool:
+        """Whether memory allows to make the next one while this one is sent."""
+        ...
+
+
+B = TypeVar("B", bound=Sendable)
 _POLL_S = 0.0005
-_THREADS = 64
 
 
 class InFlight:
@@ -36,13 +47,17 @@ class InFlight:
         self._what, self.nbytes, self._replies, self._work = what, nbytes, replies, work
 
     def wait(self, deadline: Deadline) -> None:
-        """Until all servers have loaded it. Raises ServerFailure as soon as one refuses, or at the deadline."""
+        """Until all servers have loaded it.
+
+        Raises an ExceptionGroup of ServerFailures: of all that refuse, as soon as one does, or at the deadline of
+        all that were silent.
+        """
         while not self._is_done():
             self._raise_refusals()
             if deadline.is_over():
                 silent = [url for url, reply in self._replies.items() if not reply.done()] or list(self._replies)
-                message = f"{self._what} was not taken within {deadline.seconds:g} s by {', '.join(silent)}"
-                raise ServerFailure(silent[0], message)
+                message = f"{self._what} was not taken within {deadline.seconds:g} s"
+                raise ExceptionGroup("servers are silent", [ServerFailure(url, message) for url in silent])
             time.sleep(_POLL_S)
         self._raise_refusals()
         if self._work is not None:
@@ -53,50 +68,49 @@ class InFlight:
         return is_sent and all(reply.done() for reply in self._replies.values())
 
     def _raise_refusals(self) -> None:
-        for url, reply in self._replies.items():
-            error = reply.exception() if reply.done() else None
-            if isinstance(error, RolloutError):
-                raise ServerFailure(url, f"sending {self._what}: {error}") from error
-            if error is not None:
-                raise error
+        errors = {url: reply.exception() for url, reply in self._replies.items() if reply.done()}
+        failures = [ServerFailure(url, f"sending {self._what}: {e}") for url, e in errors.items() if e is not None]
+        if failures:
+            raise ExceptionGroup("servers refuse", failures)
 
 
-class Poster:
-    """Posts to many servers at once, from threads that live as long as the transport."""
-
-    def __init__(self) -> None:
-        self._pool: ThreadPoolExecutor | None = None
-
-    def post(
-        self, endpoint: str, payloads: Mapping[str, dict[str, object]], timeout_s: float
-    ) -> dict[str, Future[dict[str, object]]]:
-        """The replies to come, by URL. payloads: by URL."""
-        self._pool = self._pool or ThreadPoolExecutor(_THREADS, thread_name_prefix="weight-sync")
-        return {url: self._pool.submit(post_json, url, endpoint, body, timeout_s) for url, body in payloads.items()}
-
-    def close(self) -> None:
-        """Forget what is under way."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-        self._pool = None
+def post_all(
+    endpoint: str, payloads: Mapping[str, dict[str, object]], timeout_s: float
+) -> dict[str, Future[dict[str, object]]]:
+    """Post to many servers at once: the replies to come, by URL. payloads: by URL."""
+    return {url: in_thread(post_json, url, endpoint, body, timeout_s) for url, body in payloads.items()}
 
 
-def stream(shipment: Shipment, buckets: Iterator[B], start: Callable[[B], InFlight]) -> int:
-    """Make this stage's `buckets`, and on its sender send each while the next one is made.
+def stream(
+    shipment: Shipment, make: Callable[[Iterator[NamedTensor]], Iterator[B]], start: Callable[[B], InFlight]
+) -> int:
+    """On the stage's leader, send each bucket that `make` makes of the tensors while the next one is made.
 
-    Returns the bytes that were sent. The buckets are made to the end in any case: other ranks wait in their gathers.
+    The other ranks only gather. So does the leader after an error: they wait for it. Returns the bytes sent.
     """
-    in_flight, sent = None, 0
+    tensors = shipment.export.tensors()
+    if not shipment.policy.parallel.is_stage_leader:
+        deque(tensors, maxlen=0)
+        return 0
     try:
-        if shipment.policy.parallel.is_stage_leader:
-            for bucket in buckets:
-                if in_flight is not None:
-                    in_flight.wait(shipment.deadline)
-                in_flight = start(bucket)
-                sent += in_flight.nbytes
-                del bucket
-            if in_flight is not None:
-                in_flight.wait(shipment.deadline)
-    finally:
-        deque(buckets, maxlen=0)
+        return _send(make(tensors), start, shipment.deadline)
+    except BaseException:
+        with suppress(Exception):  # the first error tells more; a lost group is noted where it is lost
+            deque(tensors, maxlen=0)
+        raise
+
+
+def _send(buckets: Iterator[B], start: Callable[[B], InFlight], deadline: Deadline) -> int:
+    in_flight, sent = None, 0
+    for bucket in buckets:
+        if in_flight is not None:
+            in_flight.wait(deadline)
+        in_flight, may_overlap = start(bucket), bucket.may_overlap
+        sent += in_flight.nbytes
+        del bucket
+        if not may_overlap:
+            in_flight.wait(deadline)
+            in_flight = None
+    if in_flight is not None:
+        in_flight.wait(deadline)
     return sent

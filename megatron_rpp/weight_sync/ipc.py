@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import base64
 import pickle
+import socket
+from functools import partial
+from urllib.parse import urlsplit
 
 from megatron_rpp.weight_sync.export import Bucket, stage_buckets, tensors_of
-from megatron_rpp.weight_sync.in_flight import InFlight, Poster, stream
-from megatron_rpp.weight_sync.transport import Shipment
+from megatron_rpp.weight_sync.in_flight import InFlight, post_all, stream
+from megatron_rpp.weight_sync.server_group import address_seen_by
+from megatron_rpp.weight_sync.transport import ServerFailure, Shipment
 
 
 class IpcTransport:
@@ -22,18 +26,20 @@ class IpcTransport:
 
     def __init__(self, *, bucket_bytes: int) -> None:
         self._bucket_bytes = bucket_bytes
-        self._poster = Poster()
 
     def send(self, shipment: Shipment) -> int:
         """See Transport."""
-        buckets = stage_buckets(shipment.export, self._bucket_bytes)
-        return stream(shipment, buckets, lambda bucket: self._start(bucket, shipment))
+        for server in shipment.servers:
+            if not _is_here(server.url):  # it would open our handles in vain, and end
+                raise ServerFailure(server.url, "ipc needs servers on the trainer's host; choose broadcast or disk")
+        make = partial(stage_buckets, shipment.export, bucket_bytes=self._bucket_bytes)
+        return stream(shipment, make, lambda bucket: self._start(bucket, shipment))
 
     def settle(self, *, verified: bool) -> None:
         """Nothing is held between syncs."""
 
     def close(self) -> None:
-        self._poster.close()
+        """Nothing is held between syncs."""
 
     def _start(self, bucket: Bucket, shipment: Shipment) -> InFlight:
         payloads: dict[str, dict[str, object]] = {
@@ -44,8 +50,14 @@ class IpcTransport:
             }
             for server in shipment.servers
         }
-        replies = self._poster.post("update_weights_from_tensor", payloads, shipment.deadline.left_s())
+        replies = post_all("update_weights_from_tensor", payloads, shipment.deadline.left_s())
         return InFlight(bucket, bucket.flat.numel(), replies)
+
+
+def _is_here(url: str) -> bool:
+    """Whether the server is on this host: on the way to it, this host has its address."""
+    host, port = urlsplit(url).hostname, urlsplit(url).port or 80
+    return address_seen_by(url) in {str(found[-1][0]) for found in socket.getaddrinfo(host, port)}
 
 
 def _serialized(bucket: Bucket) -> str:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from itertools import count
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from megatron_rpp.parallel.exchange import Exchange, RanksMissing
+from megatron_rpp.parallel.collectives import gather_shards
+from megatron_rpp.parallel.exchange import Exchange, OutOfStep
 from megatron_rpp.rollout.fleet import Server
 from megatron_rpp.rollout.protocol import RolloutError
+from megatron_rpp.weight_sync.threads import in_thread
 from megatron_rpp.weight_sync.transport import Deadline, Failure, OutOfStepError, ServerFailure, WeightSyncError
 
 T = TypeVar("T")
@@ -25,6 +29,7 @@ class Phases:
         name = f"weight-sync-{next(_NUMBERS)}"
         self._exchange = Exchange(store, dist.get_rank(), dist.get_world_size(), name)
         self._deadline_s = deadline_s
+        self._lost: str | None = None  # the group whose ranks are no longer at the same gather
 
     def deadline(self, phase: str) -> Deadline:
         """Of a phase that begins now."""
@@ -33,7 +38,8 @@ class Phases:
     def run(self, deadline: Deadline, action: Callable[[Deadline], T] | None = None) -> list[T | None]:
         """Run `action` on the ranks that pass one; its results, in rank order, on every rank.
 
-        Raises WeightSyncError on every rank where it failed on any, OutOfStepError where ranks are missing.
+        Raises WeightSyncError on every rank where it failed on any, OutOfStepError where ranks are missing or
+        a group of ranks is lost.
         """
         value, failures = None, []
         try:
@@ -44,40 +50,53 @@ class Phases:
             raise
         except Exception as error:  # whatever it is: the other ranks wait to hear of it
             failures = [_failure(deadline.phase, error)]
-        outcomes = self.gather(deadline, (value, failures))
-        if found := [failure for _, of_rank in outcomes for failure in of_rank]:
-            raise WeightSyncError("; ".join(map(str, found)), found)
-        return [result for result, _ in outcomes]
+        outcomes = self.gather(deadline, (value, failures, self._lost))
+        found = [failure for _, of_rank, _ in outcomes for failure in of_rank]
+        words = "; ".join(map(str, found))
+        if lost := [group for _, _, group in outcomes if group]:
+            raise OutOfStepError(f"{lost[0]}; {words}", found)
+        if found:
+            raise WeightSyncError(words, found)
+        return [result for result, _, _ in outcomes]
 
     def gather(self, deadline: Deadline, value: Any) -> list[Any]:
-        """Every rank's `value`. OutOfStepError where ranks do not come before the deadline."""
+        """Every rank's `value`. OutOfStepError where ranks do not come.
+
+        It waits past the deadline by half of it: a rank that has used all its time finishes its gathers first.
+        """
         try:
-            return self._exchange.gather(f"phase {deadline.phase}", value, deadline.left_s() + _grace_s(deadline))
-        except RanksMissing as error:
-            raise OutOfStepError(str(error)) from error
+            return self._exchange.gather(f"phase {deadline.phase}", value, deadline.left_s() + deadline.seconds / 2 + 2)
+        except OutOfStep as error:
+            hint = "; if it only needs longer, raise weight_sync.deadline_s" if dist.get_rank() == 0 else ""
+            raise OutOfStepError(f"{error}{hint}") from error
+
+    def gather_shards(self, deadline: Deadline, shard: Tensor, group: ProcessGroup) -> list[Tensor]:
+        """As in collectives. Past the deadline and a quarter of it the group is lost, and with it the job.
+
+        Not at the deadline: a rank that a server keeps waiting until then has yet to come to its gathers.
+        """
+        timeout = timedelta(seconds=deadline.left_s() + deadline.seconds / 4)
+        try:
+            return gather_shards(shard, group, timeout)
+        except RuntimeError as error:
+            # Its ranks may now be at different parameters: another gather could join wrong shards, unseen.
+            self._lost = f"a gather over ranks {dist.get_process_group_ranks(group)} has failed: {error}"
+            raise
 
 
 def for_each_server(servers: Sequence[Server], action: Callable[[Server, Deadline], None], deadline: Deadline) -> None:
     """Run `action` for all at once, each to its end. Raises an ExceptionGroup of ServerFailures."""
-
-    def one(server: Server) -> ServerFailure | None:
+    running = [(server, in_thread(action, server, deadline)) for server in servers]
+    failures = []
+    for server, future in running:
         try:
-            action(server, deadline)
-        except RolloutError as error:
-            return ServerFailure(server.url, str(error))
+            future.result()
         except ServerFailure as failure:
-            return failure
-        return None
-
-    with ThreadPoolExecutor(max(len(servers), 1)) as pool:
-        failures = [failure for failure in pool.map(one, servers) if failure is not None]
+            failures.append(failure)
+        except RolloutError as error:
+            failures.append(ServerFailure(server.url, str(error)))
     if failures:
         raise ExceptionGroup("servers failed", failures)
-
-
-def _grace_s(deadline: Deadline) -> float:
-    """A rank that has used its whole deadline still has to say so."""
-    return min(2.0, deadline.seconds)
 
 
 def _failure(phase: str, error: Exception) -> Failure:

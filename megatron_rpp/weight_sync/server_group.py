@@ -5,12 +5,12 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import accumulate
-from threading import Thread
+from urllib.parse import urlsplit
 
 import torch.distributed as dist
 from torch import Tensor
@@ -20,6 +20,7 @@ from megatron_rpp import device
 from megatron_rpp.rollout.fleet import Server
 from megatron_rpp.rollout.http import post_json
 from megatron_rpp.rollout.protocol import RolloutError
+from megatron_rpp.weight_sync.threads import in_thread
 from megatron_rpp.weight_sync.transport import Deadline, ServerFailure
 
 _LEAVE_S = 5.0
@@ -38,19 +39,17 @@ class ServerGroup:
         """Make the group with every server. Raises ServerFailure of the first that does not join in time."""
         name = f"rpp-stage{stage}-{time.time_ns()}"  # a torn-down group's name is never used again
         world_size = 1 + sum(server.tp_size for server in servers)
-        host, timeout_s = _address_seen_by(servers[0].url), deadline.left_s()
+        timeout_s, hosts = deadline.left_s(), [address_seen_by(server.url) for server in servers]
         store = dist.TCPStore(
-            host, 0, world_size, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+            hosts[0], 0, world_size, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
         )
-        pool = ThreadPoolExecutor(len(servers) + 1)
         offsets = accumulate((server.tp_size for server in servers), initial=1)
         joins = {
-            server.url: pool.submit(_join_server, server.url, (host, store.port, offset, world_size, name), deadline)
-            for server, offset in zip(servers, offsets, strict=False)
+            server.url: in_thread(_join_server, server.url, (host, store.port, offset, world_size, name), deadline)
+            for server, host, offset in zip(servers, hosts, offsets, strict=False)
         }
-        own = pool.submit(_join_as_sender, store, world_size, name, timeout_s)
-        pool.shutdown(wait=False)  # if a server refuses, this rank's own join is left to its timeout
-        _raise_refusal(joins, deadline)
+        own = in_thread(_join_as_sender, store, world_size, name, timeout_s)
+        _raise_refusal(joins, deadline)  # then this rank's own join is left to its timeout
         return cls(tuple(server.url for server in servers), name, own.result())
 
     def is_of(self, servers: Sequence[Server]) -> bool:
@@ -66,7 +65,7 @@ class ServerGroup:
 
     def close(self) -> None:
         """Leave, and have the servers leave. Returns at once, whatever is under way."""
-        Thread(target=_leave, args=(self,), daemon=True).start()
+        in_thread(_leave, self)
 
 
 def _leave(group: ServerGroup) -> None:
@@ -92,19 +91,16 @@ def _join_server(url: str, place: tuple[str, int, int, int, str], deadline: Dead
 
 
 def _raise_refusal(joins: dict[str, Future[None]], deadline: Deadline) -> None:
-    """Wait until all have joined; an error of one ends the wait for the others."""
-    pending = set(joins.values())
-    while pending and not deadline.is_over():
-        done, pending = wait(pending, deadline.left_s(), "FIRST_COMPLETED")
-        if any(join.exception() for join in done):
-            break
-    for url, join in joins.items():
-        if join.done() and isinstance(error := join.exception(), RolloutError):
-            raise ServerFailure(url, f"joining the weight-update group: {error}") from error
-    for url, join in joins.items():
-        if not join.done():
-            raise ServerFailure(url, f"did not join the weight-update group within {deadline.seconds:g} s")
-        join.result()
+    """Wait until all have joined; an error of one ends the wait. Raises an ExceptionGroup of ServerFailures."""
+    wait(joins.values(), deadline.left_s(), "FIRST_EXCEPTION")
+    late = f"did not join the weight-update group within {deadline.seconds:g} s"
+    errors = {url: join.exception() if join.done() else None for url, join in joins.items()}
+    failures = [
+        ServerFailure(url, f"joining the weight-update group: {e}") for url, e in errors.items() if e is not None
+    ]
+    failures = failures or [ServerFailure(url, late) for url, join in joins.items() if not join.done()]
+    if failures:
+        raise ExceptionGroup("servers did not join", failures)
 
 
 def _join_as_sender(store: dist.Store, world_size: int, name: str, timeout_s: float) -> ProcessGroup:
@@ -130,10 +126,13 @@ def _group_timeout(timeout_s: float) -> timedelta:
     return timedelta(seconds=timeout_s) if device.backend() == "gloo" else timedelta(days=1)
 
 
-def _address_seen_by(url: str) -> str:
-    """The address of this host on the route to the server at `url`."""
-    host, _, port = url.split("://", 1)[-1].rstrip("/").partition(":")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connects nothing, only picks a route
-        probe.connect((host, int(port or 80)))
-        address: str = probe.getsockname()[0]
-        return address
+def address_seen_by(url: str) -> str:
+    """The address of this host on the route to the server at `url`. Raises ServerFailure where there is none."""
+    place = urlsplit(url)
+    try:
+        family, *_, target = socket.getaddrinfo(place.hostname, place.port or 80, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:  # connects nothing, only picks a route
+            probe.connect(target)
+            return str(probe.getsockname()[0])
+    except (OSError, ValueError) as error:
+        raise ServerFailure(url, f"no route to it: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,9 +13,10 @@ from megatron_rpp.rollout import control
 from megatron_rpp.rollout.fleet import Server, ServerFleet
 from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.weight_sync.phases import Phases, for_each_server
-from megatron_rpp.weight_sync.transport import Deadline
+from megatron_rpp.weight_sync.transport import Deadline, OutOfStepError, WeightSyncError
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 class SharedFleet:
@@ -25,11 +27,8 @@ class SharedFleet:
         self._fleet, self._phases, self._rollout = fleet, phases, rollout
         self._suspects: set[str] = set()
         self.known: tuple[Server, ...] = ()  # the healthy ones, when last asked
-        self.released: frozenset[str] = frozenset()  # URLs of those that have given their memory back
-
-    @property
-    def has_released_memory(self) -> bool:
-        return bool(self.released)
+        self.released: dict[str, set[str]] = {}  # on rank 0: URL -> memory that a server has yet to take again
+        self.has_released_memory = False  # since the last sync; then no server holds weights
 
     def wait_ready(self) -> None:
         """Wait for all servers. Raises RolloutError on every rank where one does not start."""
@@ -42,7 +41,9 @@ class SharedFleet:
             partial(_healthy, suspects=frozenset(self._suspects), starts=self._rollout.max_retries + 1)
         )
         self._suspects.clear()
-        self.released &= {server.url for server in self.known if server.version >= 0}
+        for server in self.known:
+            if server.version < 0:  # started again, with all its memory
+                self.released.pop(server.url, None)
         return self.known
 
     def suspect(self, urls: Iterable[str]) -> None:
@@ -55,7 +56,7 @@ class SharedFleet:
         if self._fleet is not None:
             self._fleet.mark(urls, version)
         self.known = tuple(replace(s, version=version) if s.url in urls else s for s in self.known)
-        self.released -= urls
+        self.has_released_memory = False
 
     def drop(self, servers: Sequence[Server], reason: str) -> None:
         """Do without `servers` until they have been started again, or answer anew."""
@@ -66,26 +67,37 @@ class SharedFleet:
         self.known = tuple(server for server in self.known if server.url not in urls)
 
     def release_memory(self) -> None:
-        """All servers give their memory back."""
-        release = partial(
-            for_each_server, self.known, lambda server, end: control.release_memory(server.url, end.left_s())
-        )
-        self._phases.run(self._phases.deadline("release memory"), release if self._fleet is not None else None)
-        self.released = frozenset(server.url for server in self.known)
+        """All servers give their memory back. One that does not is a suspect."""
+        deadline = self._phases.deadline("release memory")
+        release = partial(for_each_server, self.known, _release_memory)
+        try:
+            self._phases.run(deadline, release if self._fleet is not None else None)
+        except OutOfStepError:
+            raise
+        except WeightSyncError as error:
+            logger.warning("%s", error)
+            self.drop([server for server in self.known if server.url in error.servers], str(error))
+        self.released = {server.url: set(control.MEMORY) for server in self.known}
+        self.has_released_memory = True
 
     def _ask(self, question: Callable[[ServerFleet], T]) -> T:
-        """What rank 0's fleet answers. A RolloutError there is raised on every rank."""
-        patience = self._rollout.startup_deadline_s + 2 * self._rollout.health_deadline_s
+        """What rank 0's fleet answers. An error there is raised on every rank."""
+        starts = self._rollout.max_retries + 1
+        patience = starts * self._rollout.startup_deadline_s + 2 * self._rollout.health_deadline_s
         answer: tuple[T | None, str | None] = (None, None)
         if self._fleet is not None:
             try:
                 answer = (question(self._fleet), None)
-            except RolloutError as error:
-                answer = (None, str(error))
+            except Exception as error:  # whatever it is: the other ranks wait to hear of it
+                answer = (None, str(error) if isinstance(error, RolloutError) else f"{type(error).__name__}: {error}")
         value, failed = self._phases.gather(Deadline("servers", patience), answer)[0]
         if failed is not None:
             raise RolloutError(failed)
         return value  # type: ignore[no-any-return]
+
+
+def _release_memory(server: Server, deadline: Deadline) -> None:
+    control.release_memory(server.url, deadline.left_s())
 
 
 def _healthy(fleet: ServerFleet, suspects: frozenset[str], starts: int) -> tuple[Server, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -21,7 +21,7 @@ from megatron_rpp.rollout.protocol import ProgressCallback, RolloutError, Sampli
 from megatron_rpp.rollout.sglang_client import SGLangClient
 from megatron_rpp.weight_sync.phases import Phases
 from megatron_rpp.weight_sync.shared_fleet import SharedFleet
-from megatron_rpp.weight_sync.transaction import SyncReport, Transaction, gather_within
+from megatron_rpp.weight_sync.transaction import SyncReport, Transaction
 from megatron_rpp.weight_sync.transport import OutOfStepError, Transport, WeightSyncError
 from megatron_rpp.weight_sync.verification import Verification
 
@@ -96,17 +96,18 @@ class SyncedRolloutEngine:
         """
         config = replace(self._config, verify="full")
         verification = Verification(self._policy.hf, self._serving(), self.policy_version, config)
-        is_leader = self._policy.parallel.is_stage_leader
-        if takes_part_in_export(self._policy):
-            gather = partial(gather_within, self._phases.deadline("verify"))
-            export = StageExport(self._policy, self._dtype, gather, verification.add if is_leader else None)
-            deque(export.tensors(), maxlen=0)
+        is_leader, deadline = self._policy.parallel.is_stage_leader, self._phases.deadline("verify")
+        gather = partial(self._phases.gather_shards, deadline)
+        export = StageExport(self._policy, self._dtype, gather, verification.add if is_leader else None)
+        look: Callable[[object], object] = lambda _: deque(export.tensors(), maxlen=0)  # noqa: E731
+        self._phases.run(deadline, look if takes_part_in_export(self._policy) else None)
         try:
             verification.run(self._phases, is_leader=is_leader)
         except WeightSyncError as error:
-            if not error.failures or not all(failure.tensors for failure in error.failures):
+            different = [str(failure) for failure in error.failures if failure.tensors]
+            if not different:
                 raise
-            return [str(failure) for failure in error.failures]
+            return different
         return []
 
     def release_memory(self) -> None:
@@ -129,8 +130,8 @@ class SyncedRolloutEngine:
             rollouts = from_replica_leader(
                 self._policy.parallel, lambda: self._client.generate(picked, sampling, progress, group_ids=mine)
             )
-        except RolloutError as error:
-            return [], str(error)
+        except Exception as error:  # whatever it is: the other replicas wait to hear of it
+            return [], str(error) if isinstance(error, RolloutError) else f"{type(error).__name__}: {error}"
         assert {r.policy_version for r in rollouts} <= {self.policy_version}, "the client takes no other version"
         return rollouts, None
 
@@ -155,7 +156,7 @@ class SyncedRolloutEngine:
         for attempt in range(self._rollout.max_retries + 1):
             transport = self._transports[min(attempt, len(self._transports) - 1)]
             try:
-                self.last_sync = self._transaction(servers, version, transport).run()
+                self.last_sync = self._transaction(servers, version, transport, is_first=attempt == 0).run()
                 self._fleet.mark(servers, version)
                 return
             except OutOfStepError:
@@ -178,7 +179,12 @@ class SyncedRolloutEngine:
             return left
         return list(alive)
 
-    def _transaction(self, servers: Sequence[Server], version: int, transport: Transport) -> Transaction:
+    def _transaction(
+        self, servers: Sequence[Server], version: int, transport: Transport, *, is_first: bool
+    ) -> Transaction:
+        config = self._config
+        if config.verify == "sample" and not (is_first and all(server.version >= 0 for server in servers)):
+            config = replace(config, verify="full")  # a sample is for servers that were wholly compared before
         return Transaction(
             self._policy,
             tuple(servers),
@@ -186,7 +192,7 @@ class SyncedRolloutEngine:
             transport,
             self._phases,
             self._dtype,
-            self._config,
+            config,
             self._fleet.released,
         )
 

@@ -9,25 +9,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megatron_rpp.config.schema import WeightSyncConfig
 from megatron_rpp.model.build import Model
 from megatron_rpp.model.export_hf import takes_part_in_export
 from megatron_rpp.model.stage_export import StageExport
-from megatron_rpp.parallel.collectives import gather_shards
 from megatron_rpp.rollout import control
 from megatron_rpp.rollout.fleet import Server
 from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.weight_sync.phases import Phases, for_each_server
-from megatron_rpp.weight_sync.transport import Deadline, Shipment, Transport, WeightSyncError
+from megatron_rpp.weight_sync.transport import Deadline, ServerFailure, Shipment, Transport, WeightSyncError
 from megatron_rpp.weight_sync.verification import Verification
 
 CLEANUP_S = 5.0
@@ -45,7 +41,7 @@ class Transaction:
     phases: Phases
     dtype: torch.dtype | None  # of the servers' weights, as StageExport's
     config: WeightSyncConfig
-    released: frozenset[str] = frozenset()  # URLs of servers that have given their memory back
+    released: dict[str, set[str]] = field(default_factory=dict)  # URL -> memory that a server has yet to take again
 
     def run(self) -> SyncReport:
         """Raises WeightSyncError on every rank; then no server keeps a version that it was not verified to hold."""
@@ -73,7 +69,7 @@ class Transaction:
         export = StageExport(
             self.policy,
             self.dtype,
-            gather=partial(gather_within, deadline),
+            gather=partial(self.phases.gather_shards, deadline),
             watch=verification.add if self.policy.parallel.is_stage_leader else None,
         )
         shipment = Shipment(export, self.servers, self.version, deadline, partial(self.phases.gather, deadline))
@@ -92,29 +88,44 @@ class Transaction:
         self.phases.run(self.phases.deadline(phase), each if dist.get_rank() == 0 else None)
 
     def _begin(self, server: Server, deadline: Deadline) -> None:
+        held = control.version(server.url, deadline.left_s())
+        if server.version >= 0 and held not in (str(server.version), control.UNVERIFIED):
+            raise ServerFailure(server.url, f"it answers as version {held}, and was brought to {server.version}")
         control.pause(server.url, self.config.pause, deadline.left_s())
         control.set_version(server.url, control.UNVERIFIED, deadline.left_s())
-        if server.url in self.released:
-            control.resume_memory(server.url, ["weights"], deadline.left_s())
+        self._resume_memory(server, "weights", deadline)
         if self.transport.streams:
             control.begin_update(server.url, deadline.left_s())
 
     def _commit(self, server: Server, deadline: Deadline) -> None:
         if self.transport.streams:
             control.end_update(server.url, deadline.left_s())
-        if server.url in self.released:
-            control.resume_memory(server.url, ["kv_cache"], deadline.left_s())
+        self._resume_memory(server, "kv_cache", deadline)
         control.flush_cache(server.url, deadline.left_s())
 
     def _release(self, server: Server, deadline: Deadline) -> None:
         control.set_version(server.url, str(self.version), deadline.left_s())
         control.resume(server.url, deadline.left_s())
 
+    def _resume_memory(self, server: Server, tag: str, deadline: Deadline) -> None:
+        """Once: a server that is asked for memory that it has ends."""
+        if tag in self.released.get(server.url, ()):
+            self.released[server.url].discard(tag)
+            control.resume_memory(server.url, [tag], deadline.left_s())
+
     def _clean_up(self) -> None:
         """After a failure, on rank 0: no server may stay paused or in a session; what it holds stays unverified."""
         if dist.get_rank() == 0:
             with suppress(ExceptionGroup):
-                for_each_server(self.servers, _abandon, Deadline("clean-up", CLEANUP_S))
+                for_each_server(self.servers, self._abandon, Deadline("clean-up", CLEANUP_S))
+
+    def _abandon(self, server: Server, deadline: Deadline) -> None:
+        with suppress(RolloutError):  # none may be open
+            control.end_update(server.url, deadline.left_s())
+        control.set_version(server.url, control.UNVERIFIED, deadline.left_s())
+        for tag in control.MEMORY:
+            self._resume_memory(server, tag, deadline)
+        control.resume(server.url, deadline.left_s())
 
 
 @dataclass(frozen=True)
@@ -131,15 +142,3 @@ class SyncReport:
     def metrics(self) -> dict[str, float]:
         """For metrics.jsonl."""
         return {"sync/mb": self.sent_bytes / 2**20, "sync/send_s": self.send_s, "sync/servers": float(self.servers)}
-
-
-def _abandon(server: Server, deadline: Deadline) -> None:
-    with suppress(RolloutError):  # none may be open
-        control.end_update(server.url, deadline.left_s())
-    control.set_version(server.url, control.UNVERIFIED, deadline.left_s())
-    control.resume(server.url, deadline.left_s())
-
-
-def gather_within(deadline: Deadline, shard: Tensor, group: ProcessGroup) -> list[Tensor]:
-    """`gather_shards` by a deadline; RuntimeError past it."""
-    return gather_shards(shard, group, timedelta(seconds=deadline.left_s()))

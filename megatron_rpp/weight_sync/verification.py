@@ -12,7 +12,9 @@ from megatron_rpp.config.schema import WeightSyncConfig
 from megatron_rpp.model.hf_config import HFConfig
 from megatron_rpp.rollout import control
 from megatron_rpp.rollout.fleet import Server
-from megatron_rpp.weight_sync.checksums import Digests, ExpectedChecksums, differences, merge, sampled_out
+from megatron_rpp.rollout.in_server.delta_loader import FAILED
+from megatron_rpp.weight_sync.checksum_report import differences, sampled_out
+from megatron_rpp.weight_sync.checksums import Digests, ExpectedChecksums, merge
 from megatron_rpp.weight_sync.phases import Phases, for_each_server
 from megatron_rpp.weight_sync.transport import Deadline, ServerFailure
 
@@ -63,6 +65,9 @@ def _expected(hf: HFConfig, servers: Sequence[Server], skip: Sequence[str]) -> E
 
 
 def _skipped(hf: HFConfig, version: int, config: WeightSyncConfig) -> tuple[str, ...]:
-    """Parts of the names of server tensors that a sync to `version` does not compare."""
+    """Parts of the names of server tensors that a sync to `version` does not compare.
+
+    A note that our loader has left in an attempt that was given up is no tensor of the model.
+    """
     sampled = sampled_out(hf.num_layers, version) if config.verify == "sample" else ()
-    return (*config.unverified, *sampled)
+    return (*config.unverified, *sampled, FAILED)

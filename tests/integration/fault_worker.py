@@ -29,9 +29,10 @@ from megatron_rpp.rollout import control
 from megatron_rpp.rollout.http import get_json
 from megatron_rpp.session import Session, open_session
 from megatron_rpp.train import train_on_one_batch
-from megatron_rpp.weight_sync import transaction
+from megatron_rpp.weight_sync import phases
 from megatron_rpp.weight_sync.broadcast import BroadcastTransport
 from megatron_rpp.weight_sync.build import build_transport
+from megatron_rpp.weight_sync.checksums import ExpectedChecksums
 from megatron_rpp.weight_sync.ipc import IpcTransport
 from megatron_rpp.weight_sync.server_group import ServerGroup
 from megatron_rpp.weight_sync.transport import Transport, WeightSyncError
@@ -132,6 +133,8 @@ def before(owner: Any, method: str, action: Callable[[], None], call: int = 1) -
 
 
 def kill(session: Session, signum: int = signal.SIGKILL) -> Callable[[], None]:
+    if session.parallel.rank != 0:
+        return lambda: None
     pid = pid_of(session)
     return lambda: os.killpg(pid, signum)
 
@@ -252,6 +255,16 @@ def transports(session: Session, *wanted: Transport) -> Iterator[None]:
         yield
 
 
+def checksum_fails(session: Session, config: Config) -> dict[str, Any]:
+    """An error of the leader alone, in the middle of the gathers."""
+
+    def fail() -> None:
+        raise ValueError("planted")
+
+    with before(ExpectedChecksums, "add", fail, call=3):
+        return attempt(session)
+
+
 def rank_1_comes_late(session: Session, config: Config) -> dict[str, Any]:
     if session.parallel.rank == 1:
         time.sleep(config.weight_sync.deadline_s / 2)
@@ -261,7 +274,7 @@ def rank_1_comes_late(session: Session, config: Config) -> dict[str, Any]:
 def rank_1_stays_away(session: Session, config: Config) -> dict[str, Any]:
     """While weights are gathered; then nothing can be tried again."""
     asleep = lambda: time.sleep(3 * config.weight_sync.deadline_s)  # noqa: E731
-    with before(transaction, "gather_shards", asleep if session.parallel.rank == 1 else lambda: None, call=2):
+    with before(phases, "gather_shards", asleep if session.parallel.rank == 1 else lambda: None, call=2):
         return attempt(session)
 
 
@@ -280,6 +293,7 @@ SCENARIOS: dict[str, Callable[[Session, Config], dict[str, Any]]] = {
         disk_full_then_broadcast,
         disk_full_only,
         thirty_steps,
+        checksum_fails,
         rank_1_comes_late,
         rank_1_stays_away,
     )

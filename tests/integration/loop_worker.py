@@ -17,6 +17,9 @@ from megatron_rpp.experience.types import Rollout
 from megatron_rpp.model.save_hf import save_hf
 from megatron_rpp.observability.logs import setup_logging
 from megatron_rpp.parallel.rank_process import exit_on_sigterm
+from megatron_rpp.rollout import control
+from megatron_rpp.rollout.http import post_json
+from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.session import Session, open_session
 from megatron_rpp.train import train_on_one_batch
 
@@ -29,7 +32,7 @@ def main() -> None:
     with open_session(config, resume=False) as opened:
         session = replace(opened, reward=DigitReward())
         before = greedy(session)
-        leave_update_session_open(session)
+        refusal = leave_update_session_open(session)
         train_on_one_batch(session, 0)
         kill = KillServerOnce() if session.parallel.rank == 0 else None
         if kill is not None:
@@ -39,14 +42,20 @@ def main() -> None:
         save_hf(session.policy, config.model.path, str(out / "trained"))
         if kill is not None:
             result = {"before": before, "after": after, "killed": kill.pid, "server_pids": server_pids()}
+            result["second_begin"] = refusal
             (out / "result.json").write_text(json.dumps(result))
 
 
-def leave_update_session_open(session: Session) -> None:
-    """As a trainer does that is killed in the middle of a sync."""
+def leave_update_session_open(session: Session) -> str:
+    """As a trainer does that is killed in the middle of a sync. What the server says to another one that begins."""
     if session.parallel.rank == 0:
-        client = session.rollout_engine._client
-        client.post(client.urls[0], "begin_weight_update", {}, 30.0)
+        (url,) = session.rollout_engine._client.urls
+        control.begin_update(url, 30.0)
+        try:
+            post_json(url, "begin_weight_update", {}, 30.0)
+        except RolloutError as error:
+            return str(error)
+    return ""
 
 
 def greedy(session: Session) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Two real SGLang servers, of which one is killed, stopped or restarted while both sample."""
+"""Two real SGLang servers, of which one is of another version, stopped or killed while both sample."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import pytest
 
 from megatron_rpp.config.schema import Config, ModelConfig, RolloutConfig, RunConfig
 from megatron_rpp.experience.types import Prompt, Rollout
-from megatron_rpp.rollout.fleet import ServerFleet
+from megatron_rpp.rollout.fleet import Server, ServerFleet
 from megatron_rpp.rollout.http import post_json
 from megatron_rpp.rollout.protocol import SamplingParams
 from megatron_rpp.rollout.sglang_client import SGLangClient
 
 EOS = 1
-HEALTH_DEADLINE_S = 5.0
-PROMPTS = [Prompt(i, "", (2 + i % 10, 12, 2 + i // 10, 15), "") for i in range(64)]
+HEALTH_DEADLINE_S = 10.0  # a busy machine must not make a healthy server look silent
+PROMPTS = [Prompt(i, "", (2 + i % 10, 12, 2 + i // 10, 15), "") for i in range(32)]
 SAMPLING = SamplingParams(4, 64, 1.0, 1.0, (EOS,), seed=3)
 
 
@@ -41,7 +41,7 @@ def rig(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         num_servers=2,
         context_length=128,
         health_deadline_s=HEALTH_DEADLINE_S,
-        restart_backoff_s=0.2,
+        restart_backoff_s=600.0,  # test_loop sees a real server come back; a start takes long
         max_concurrent_requests=16,
         max_retries=0,  # a lost server must not cost a retry
     )
@@ -98,30 +98,18 @@ def check_complete(rollouts: list[Rollout], expected: list[Rollout]) -> None:
     assert len({r.response_ids for r in expected}) > len(PROMPTS), "the check above cannot tell samples apart"
 
 
-def test_a_server_that_is_killed_costs_no_response_and_starts_again(rig: Rig) -> None:
-    victim = rig.client.urls[0]
-    group = group_of(victim)
-    kill = once_some_are_done(lambda: os.killpg(group, signal.SIGKILL))
-    rollouts = rig.client.generate(PROMPTS, SAMPLING, progress=kill)
-    check_complete(rollouts, rig.expected)
-    assert rig.client.suspects == {victim}
-    left = rig.fleet.refresh(rig.client.suspects)
-    assert [(s.url, s.tp_size, s.device, s.version) for s in left] == [(rig.client.urls[1], 1, "cpu", 0)]
-    rig.fleet.wait_ready()
-    assert [s.version for s in rig.fleet.refresh()] == [-1, 0], "a restarted server has no weights of this run"
-
-
-def test_what_a_restarted_server_samples_before_it_is_synced_is_not_accepted(rig: Rig) -> None:
-    restarted, synced = rig.fleet.refresh()
-    rig.client.urls = (restarted.url, synced.url)
+def test_what_a_server_samples_before_it_is_synced_is_not_accepted(rig: Rig) -> None:
+    new, synced = rig.client.urls
+    post_json(new, "update_weight_version", {"new_version": "default"}, 30.0)  # what SGLang says after a start
     check_complete(rig.client.generate(PROMPTS, SAMPLING), rig.expected)
-    assert rig.client.suspects == {restarted.url}
-    assert [s.version for s in rig.fleet.refresh(rig.client.suspects)] == [-1, 0], "it is healthy, and stays"
+    assert rig.client.suspects == {new}
+    servers = [Server(new, 1, "cpu", -1), Server(synced, 1, "cpu", 0)]
+    assert list(rig.fleet.refresh(rig.client.suspects)) == servers, "it is healthy, and stays"
 
 
 def test_a_stopped_server_holds_sampling_up_for_its_deadline_only(rig: Rig) -> None:
     bring_to(0, rig.fleet, rig.client)
-    victim = rig.client.urls[1]
+    other, victim = rig.client.urls
     group = group_of(victim)
     stopped_at = 0.0
 
@@ -132,10 +120,20 @@ def test_a_stopped_server_holds_sampling_up_for_its_deadline_only(rig: Rig) -> N
 
     rollouts = rig.client.generate(PROMPTS, SAMPLING, progress=once_some_are_done(stop))
     held_s = time.monotonic() - stopped_at
+    os.killpg(group, signal.SIGCONT)
     check_complete(rollouts, rig.expected)
     assert rig.client.suspects == {victim}
     assert HEALTH_DEADLINE_S / 2 < held_s < 4 * HEALTH_DEADLINE_S, f"{held_s:.1f} s; sampling alone takes a few"
-    start = time.monotonic()
-    assert [s.url for s in rig.fleet.refresh(rig.client.suspects)] == [rig.client.urls[0]]
-    assert time.monotonic() - start < 4 * HEALTH_DEADLINE_S
-    assert not psutil.pid_exists(group), "SIGKILL ends a stopped process"
+    versions = {server.url: server.version for server in rig.fleet.refresh(rig.client.suspects)}
+    assert versions == {other: 0, victim: -1}, "it goes on, but must be synced first"
+
+
+def test_a_server_that_is_killed_costs_no_response_and_is_dropped(rig: Rig) -> None:
+    bring_to(0, rig.fleet, rig.client)
+    victim, other = rig.client.urls
+    group = group_of(victim)
+    kill = once_some_are_done(lambda: os.killpg(group, signal.SIGKILL))
+    check_complete(rig.client.generate(PROMPTS, SAMPLING, progress=kill), rig.expected)
+    assert rig.client.suspects == {victim}
+    assert rig.fleet.refresh(rig.client.suspects) == (Server(other, 1, "cpu", 0),)
+    assert not psutil.pid_exists(group)

@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,17 @@ from megatron_rpp.experience.types import Prompt, Rollout
 from megatron_rpp.model.build import Model, build_model
 from megatron_rpp.model.export_hf import hf_tensors
 from megatron_rpp.parallel import bootstrap
-from megatron_rpp.parity.gather import Scene
 from megatron_rpp.parity.monitor import Parity, ParityMonitor
 from megatron_rpp.parity.policy import ParityError
+from megatron_rpp.parity.run_parts import RunParts
 from megatron_rpp.rollout import control, sglang_client
+from megatron_rpp.rollout.fleet import ServerFleet
 from megatron_rpp.rollout.http import post_json
 from megatron_rpp.rollout.payloads import generate_payloads
 from megatron_rpp.rollout.protocol import SamplingParams
 from megatron_rpp.rollout.sglang_client import SGLangClient
 from megatron_rpp.rollout.sglang_server import SGLangServer
-from megatron_rpp.weight_sync.checksums import ExpectedChecksums, differences
+from megatron_rpp.weight_sync.build import build_engine
 
 ROLLOUT = RolloutConfig(context_length=256, max_response_tokens=64)
 STALE = "model.norm.weight"
@@ -43,21 +45,6 @@ class Trainer:
     config: Config
     policy: Model
     tokenizer: Tokenizer
-
-
-class Verifier:
-    """Checksums of every tensor of the servers, as a sync verifies them."""
-
-    def __init__(self, policy: Model, urls: Sequence[str]) -> None:
-        self._policy, self._urls = policy, urls
-
-    def verify_weights(self) -> list[str]:
-        expected = ExpectedChecksums(self._policy.hf, {1})
-        for name, tensor in hf_tensors(self._policy):
-            expected.add(name, tensor)
-        ours = expected.result()[1]
-        found = {url: differences(ours, control.checksums(url, (), 60.0)) for url in self._urls}
-        return [f"{url}: {'; '.join(lines)}" for url, lines in found.items() if lines]
 
 
 @pytest.fixture(scope="module")
@@ -97,27 +84,48 @@ def checked(
     engine_temperature: float = 1.0,
     change: Callable[[Prompt], Prompt] = lambda prompt: prompt,
     told: bool = True,
+    after_sync: Callable[[], None] = lambda: None,
 ) -> Parity:
-    """One step's check of what the servers at `urls` sample.
+    """One step's check of what the servers at `urls` sample, once they were brought to the trainer's weights.
 
     engine_temperature: what they sample at, while the trainer assumes rollout.temperature; change: what becomes
-    of a prompt on its way to them; told: whether they say which prompt ids they got.
+    of a prompt on its way to them; told: whether they say which prompt ids they got; after_sync: what happens to
+    them before they sample.
     """
-    client = SGLangClient(urls, ROLLOUT, trainer.tokenizer.decode)
-    prompts = [prompt_of(trainer, i) for i in range(8)]
-    sampling = SamplingParams(2, 64, engine_temperature, 1.0, trainer.tokenizer.eos_token_ids, seed=11)
-    sampled = client.generate([change(p) for p in prompts], sampling)
-    rollouts = [as_trained_on(r, prompts[i // 2], told) for i, r in enumerate(sampled)]
-    config = replace(trainer.config, parity=limits)
-    batch = collate(rollouts, [0.0] * len(rollouts), pad_token_id=0, device=trainer.policy.parallel.device)
-    batch = score(batch, trainer.policy, None, config)
-    scene = Scene(config, trainer.policy, Verifier(trainer.policy, urls), client, trainer.tokenizer)
-    return ParityMonitor(scene).check(3, batch, rollouts)
+    config = replace(trainer.config, parity=limits, rollout=replace(ROLLOUT, urls=tuple(urls)))
+    with synced(config, trainer) as parts:
+        after_sync()
+        rollouts = sampled(parts, engine_temperature, change, told)
+        batch = collate(rollouts, [0.0] * len(rollouts), pad_token_id=0, device=trainer.policy.parallel.device)
+        return ParityMonitor(parts).check(3, score(batch, trainer.policy, None, config), rollouts)
 
 
-def prompt_of(trainer: Trainer, i: int) -> Prompt:
+@contextmanager
+def synced(config: Config, trainer: Trainer) -> Iterator[RunParts]:
+    """A run whose servers, those of rollout.urls, hold the trainer's weights as version 0."""
+    client = SGLangClient((), config.rollout, trainer.tokenizer.decode)
+    engine = build_engine(config, trainer.policy, ServerFleet(config), client)
+    try:
+        engine.wait_ready()
+        engine.sync(0)
+        yield RunParts(config, trainer.policy, engine, client, trainer.tokenizer)
+    finally:
+        engine.close()
+        for url in config.rollout.urls:  # other modules' tests share the server, and want one that no sync has named
+            control.set_version(url, control.UNVERIFIED, 30.0)
+
+
+def sampled(parts: RunParts, temperature: float, change: Callable[[Prompt], Prompt], told: bool) -> list[Rollout]:
+    """Two responses to each of eight prompts; see `checked`."""
+    prompts = [prompt_of(parts.tokenizer, i) for i in range(8)]
+    sampling = SamplingParams(2, 64, temperature, 1.0, parts.tokenizer.eos_token_ids, seed=11)
+    rollouts = parts.client.generate([change(p) for p in prompts], sampling)
+    return [as_trained_on(r, prompts[i // 2], told) for i, r in enumerate(rollouts)]
+
+
+def prompt_of(tokenizer: Tokenizer, i: int) -> Prompt:
     text = f"{i}+{9 - i}*{i + 1}="
-    return Prompt(id=i, text=text, token_ids=tuple(trainer.tokenizer.encode(text)), answer="")
+    return Prompt(id=i, text=text, token_ids=tuple(tokenizer.encode(text)), answer="")
 
 
 def as_trained_on(rollout: Rollout, prompt: Prompt, told: bool) -> Rollout:
@@ -134,10 +142,12 @@ def test_a_healthy_server_is_accused_of_nothing(trainer: Trainer, sglang_server:
     assert found.diagnosis is None
     assert found.metrics["mismatch/logprob_abs_max"] < 1e-4
     assert abs(found.metrics["mismatch/surprise"]) < 0.25  # its standard deviation is about 0.04
-    assert found.config == trainer.config
+    assert found.config.algorithm == trainer.config.algorithm, "corrected"
 
 
-def test_the_search_on_a_healthy_server_finds_no_difference(trainer: Trainer, sglang_server: SGLangServer) -> None:
+def test_the_search_on_a_healthy_server_blames_neither_weights_tokens_nor_sampling(
+    trainer: Trainer, sglang_server: SGLangServer
+) -> None:
     # A threshold below rounding: the search runs, and whatever it says, it must not blame weights, tokens or sampling.
     found = checked(trainer, [sglang_server.url], limits=ParityConfig(warn=1e-12, stop=0.0))
     assert kind_of(found) == "numerics", found.diagnosis
@@ -145,16 +155,16 @@ def test_the_search_on_a_healthy_server_finds_no_difference(trainer: Trainer, sg
 
 
 def test_one_stale_tensor_is_named(trainer: Trainer, sglang_server: SGLangServer) -> None:
-    weights = dict(hf_tensors(trainer.policy))
-    load(sglang_server.url, STALE, weights[STALE] * 1.5)
-    try:
-        found = checked(trainer, [sglang_server.url])
-    finally:
-        load(sglang_server.url, STALE, weights[STALE])
+    right = dict(hf_tensors(trainer.policy))[STALE].clone()
+
+    def plant() -> None:
+        load(sglang_server.url, STALE, right * 1.5)
+
+    found = checked(trainer, [sglang_server.url], after_sync=plant)
     assert kind_of(found) == "weights", found.diagnosis
     assert found.diagnosis is not None and STALE in found.diagnosis.words and sglang_server.url in found.diagnosis.words
     assert "lm_head" not in found.diagnosis.words
-    assert checked(trainer, [sglang_server.url]).diagnosis is None, "the tensor was not put back"
+    assert checked(trainer, [sglang_server.url]).diagnosis is None, "the next sync did not put it right"
 
 
 def test_another_temperature_is_found(trainer: Trainer, sglang_server: SGLangServer) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from megatron_rpp.config.schema import RolloutConfig
 from megatron_rpp.model.hf_mapping import read_hf_config
+from megatron_rpp.rollout import control
 from megatron_rpp.rollout.http import post_json
 from megatron_rpp.rollout.server_command import server_environment
 from megatron_rpp.rollout.sglang_server import SGLangServer
-from megatron_rpp.weight_sync.checksums import ExpectedChecksums, differences, sampled_out
+from megatron_rpp.weight_sync.checksum_report import differences, sampled_out
+from megatron_rpp.weight_sync.checksums import ExpectedChecksums
 from tests.support.tiny_models import QWEN3_MOE, SHAPE, save_tiny
 
 CHILD = Path(__file__).with_name("sglang_models_child.py")
@@ -60,9 +62,9 @@ def write_model(family: str, out: Path, dtype: torch.dtype) -> Path:
     return folder
 
 
-def predicted(folder: Path, tp_size: int, skip: tuple[str, ...] = (), **replaced: Tensor) -> list[dict[str, str]]:
+def predicted(folder: Path, tp_size: int, skip: tuple[str, ...] = ()) -> list[dict[str, str]]:
     expected = ExpectedChecksums(read_hf_config(str(folder)), [tp_size], skip=skip)
-    for name, tensor in (tensors_of(folder) | replaced).items():
+    for name, tensor in tensors_of(folder).items():
         expected.add(name, tensor)
     return expected.result()[tp_size]
 
@@ -90,23 +92,8 @@ def test_every_family_s_own_sglang_class_holds_what_is_predicted(tp_size: int, d
     assert found == {family: [] for family in families}
 
 
-@contextmanager
-def server(folder: Path, dtype: str, tp_size: int) -> Iterator[SGLangServer]:
-    rollout = RolloutConfig(context_length=32, max_response_tokens=8, server_tensor=tp_size)
-    running = SGLangServer(str(folder), rollout, dtype=dtype, log_path=folder / "sglang.log")
-    running.start()
-    try:
-        running.wait_ready(rollout.startup_deadline_s)
-        yield running
-    finally:
-        running.stop()
-
-
 def ask(running: SGLangServer, skip: tuple[str, ...] = ()) -> Reports:
-    payload: dict[str, object] = {"action": "checksum", "selector": "target", "skip_tensor_list": list(skip)}
-    ranks = post_json(running.url, "weights_checker", payload, 60.0)["ranks"]
-    assert isinstance(ranks, list)
-    return ranks
+    return control.checksums(running.url, skip, 60.0)
 
 
 def with_one_bit_flipped(tensor: Tensor) -> Tensor:
@@ -115,47 +102,33 @@ def with_one_bit_flipped(tensor: Tensor) -> Tensor:
     return changed
 
 
-def load(running: SGLangServer, folder: Path, **replaced: Tensor) -> None:
-    save_file(tensors_of(folder) | replaced, folder / "model.safetensors", metadata={"format": "pt"})
+def load(running: SGLangServer, folder: Path) -> None:
     post_json(running.url, "update_weights_from_disk", {"model_path": str(folder), "flush_cache": False}, 60.0)
 
 
-def test_a_running_server_with_tied_weights_is_verified_and_a_flipped_bit_is_named(tmp_path: Path) -> None:
-    folder = write_model("qwen3", tmp_path, torch.float32)
-    with server(folder, "float32", 1) as running:
-        right = predicted(folder, 1)
-        assert differences(right, ask(running)) == []
-        assert len(right[0]) == 34
-        skip = sampled_out(num_layers=4, version=5)
-        asked = ask(running, skip)
-        assert differences(predicted(folder, 1, skip), asked, skip) == []
-        assert {name for name in names(asked[0]) if ".layers." in name} == {n for n in right[0] if ".layers.1." in n}
+def test_a_running_server_is_verified_and_a_flipped_bit_is_named(
+    sglang_server: SGLangServer, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Tied weights and two ranks on running servers are test_sync_layouts'."""
+    right = predicted(tiny_model_dir, 1)
+    assert differences(right, ask(sglang_server)) == []
+    assert len(right[0]) == 15
+    skip = sampled_out(num_layers=2, version=5)
+    asked = ask(sglang_server, skip)
+    assert differences(predicted(tiny_model_dir, 1, skip), asked, skip) == []
+    assert {name for name in names(asked[0]) if ".layers." in name} == {n for n in right[0] if ".layers.1." in n}
 
-        wrong = "model.layers.2.self_attn.k_proj.weight"
-        load(running, folder, **{wrong: with_one_bit_flipped(tensors_of(folder)[wrong])})
-        (line,) = differences(right, ask(running))
-        assert line.startswith("model.layers.2.self_attn.qkv_proj.weight on TP rank 0: the server's ")
-        assert wrong in line
-
-
-def test_a_running_tp2_server_with_biases_and_one_key_head_is_verified_rank_by_rank(tmp_path: Path) -> None:
-    """SGLang on CPU pads the key head, and with it the query heads, to what two ranks share."""
-    torch.manual_seed(3)
-    folder = tmp_path / "qwen2"
-    shape = {**SHAPE, "num_key_value_heads": 1, "num_hidden_layers": 2}
-    model = Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=False))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    with server(folder, "bfloat16", 2) as running:
-        right = predicted(folder, 2)
-        assert differences(right, ask(running)) == []
-        # Gate rows 24 to 47 are rank 1's, and the last embedding row is rank 0's of two blocks of 32.
-        for wrong, server_name, rank in (
-            ("model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.gate_up_proj.weight", 1),
-            ("model.embed_tokens.weight", "model.embed_tokens.weight", 0),
-        ):
-            changed = with_one_bit_flipped(tensors_of(folder)[wrong])
-            (line,) = differences(predicted(folder, 2, **{wrong: changed}), ask(running))
-            assert line.startswith(f"{server_name} on TP rank {rank}: the server's ")
+    wrong = "model.layers.0.self_attn.k_proj.weight"
+    folder = tmp_path / "wrong"
+    shutil.copytree(tiny_model_dir, folder)
+    tensors = tensors_of(tiny_model_dir)
+    flipped = tensors | {wrong: with_one_bit_flipped(tensors[wrong])}
+    save_file(flipped, folder / "model.safetensors", metadata={"format": "pt"})
+    load(sglang_server, folder)
+    try:
+        (line,) = differences(right, ask(sglang_server))
+    finally:
+        load(sglang_server, tiny_model_dir)  # for the tests after this one
+    assert line.startswith("model.layers.0.self_attn.qkv_proj.weight on TP rank 0: the server's ")
+    assert wrong in line
+    assert differences(right, ask(sglang_server)) == []

@@ -43,6 +43,8 @@ FAULTS = (
     "thirty_steps",
 )
 
+SPLIT_FAULTS = ("rank_1_comes_late", "checksum_fails", "stopped_during", "rank_1_stays_away")  # on TP2, one server
+
 
 def write_config(root: Path, model: Path, *, servers: int, tensor: int) -> Path:
     write_problems(root / "problems.jsonl", 40)
@@ -182,26 +184,40 @@ def test_thirty_steps_lose_no_prompt_while_servers_die_at_random(found: list[dic
 
 
 @pytest.fixture(scope="module")
-def with_a_late_rank(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def split(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """TP2; what rank 0 saw."""
     root = tmp_path_factory.mktemp("late")
     config = write_config(root, tiny_model_dir, servers=1, tensor=2)
     argv = [sys.executable, "-m", "tests.integration.fault_worker", str(config), str(root)]
-    launch_local([*argv, "rank_1_comes_late", "rank_1_stays_away"], 2, root / "run")
+    launch_local([*argv, *SPLIT_FAULTS], 2, root / "run")
     return json.loads((root / "result.json").read_text())
 
 
-def test_a_rank_that_comes_late_but_in_time_delays_a_sync_only(with_a_late_rank: list[dict[str, Any]]) -> None:
-    assert_verified(with_a_late_rank[0], servers=1)
+def test_a_rank_that_comes_late_but_in_time_delays_a_sync_only(split: list[dict[str, Any]]) -> None:
+    assert_verified(split[0], servers=1)
 
 
-def test_a_rank_that_stays_away_is_named_within_the_deadline(with_a_late_rank: list[dict[str, Any]]) -> None:
-    result = with_a_late_rank[1]
+def test_an_error_of_one_rank_leaves_the_others_in_step(split: list[dict[str, Any]]) -> None:
+    result = split[1]
+    assert_verified(result, servers=1)
+    assert result["seconds"] < DEADLINE_S, "the others waited for a rank that had failed"
+    assert any("phase send, rank 0: planted" in warning for warning in result["warnings"])
+
+
+def test_a_hung_server_costs_no_group_of_ranks(split: list[dict[str, Any]]) -> None:
+    """The leader waits for the server while the other rank waits for the leader's next gather."""
+    result = split[2]
+    assert_verified(result, servers=1)
+    assert any("phase send" in warning and "was not taken" in warning for warning in result["warnings"])
+
+
+def test_a_rank_that_stays_away_is_named_soon_after_the_deadline(split: list[dict[str, Any]]) -> None:
+    result = split[3]
     assert result["kind"] == "OutOfStepError"
     assert "phase send" in result["error"] and "rank 1 did not answer" in result["error"]
-    assert result["seconds"] < DEADLINE_S + 10
+    assert result["seconds"] < 2 * DEADLINE_S + 10
 
 
-def test_no_server_outlives_the_jobs(found: list[dict[str, Any]], with_a_late_rank: list[dict[str, Any]]) -> None:
-    for pid in [pid for result in (*found, *with_a_late_rank) for pid in result.get("pids", [])]:
+def test_no_server_outlives_the_jobs(found: list[dict[str, Any]], split: list[dict[str, Any]]) -> None:
+    for pid in [pid for result in (*found, *split) for pid in result.get("pids", [])]:
         assert not os.path.exists(f"/proc/{pid}")

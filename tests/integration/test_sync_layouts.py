@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Co
 from megatron_rpp.config.schema import ParallelConfig, RolloutConfig
 from megatron_rpp.rollout import control
 from megatron_rpp.rollout.http import post_json
+from megatron_rpp.rollout.in_server.delta_loader import LOADER
 from megatron_rpp.rollout.sglang_server import SGLangServer
-from megatron_rpp.weight_sync.delta import SERVER_ARGS
 from tests.integration.sync_worker import Job
 from tests.support.tiny_models import SHAPE
 from tests.support.weight_syncs import Make, change_a_tenth, launch, write_weights
@@ -104,12 +104,11 @@ STEPS = [
 @contextmanager
 def servers(start: str, dtype: str, out: Path) -> Iterator[tuple[str, ...]]:
     """URLs of two running servers, of one and of two ranks."""
-    rollouts = [
-        RolloutConfig(context_length=32, max_response_tokens=8, server_tensor=tp_size, server_args=SERVER_ARGS)
-        for tp_size in (1, 2)
-    ]
+    rollouts = [RolloutConfig(context_length=32, max_response_tokens=8, server_tensor=tp_size) for tp_size in (1, 2)]
     running = [
-        SGLangServer(start, rollout, dtype=dtype, log_path=out / f"sglang-tp{rollout.server_tensor}.log")
+        SGLangServer(
+            start, rollout, dtype=dtype, log_path=out / f"sglang-tp{rollout.server_tensor}.log", weight_loader=LOADER
+        )
         for rollout in rollouts
     ]
     with ExitStack() as stack:

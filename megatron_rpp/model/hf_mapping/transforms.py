@@ -114,7 +114,16 @@ class QKV:
 
 
 def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """All of them in one; a single one is not copied."""
+    """All of them in one; not copied where they lie end to end already, as `gather_shards` gives them."""
+    first = parts[0]
+    if dim == 0 and all(
+        part.is_contiguous()
+        and part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and part.storage_offset() == first.storage_offset() + i * first.numel()
+        and part.shape == first.shape
+        for i, part in enumerate(parts)
+    ):
+        return first.as_strided((len(parts) * first.shape[0], *first.shape[1:]), first.stride())
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 

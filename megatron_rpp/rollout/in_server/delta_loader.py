@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from megatron_rpp.rollout.in_server.delta_codec import decode
 from megatron_rpp.rollout.in_server.partial_tensor import PartialTensor
 
+LOADER = f"{__name__}.apply"
+"""What the flag wants: the import path of `apply`."""
 MANIFEST, BLOB = "rpp_delta_manifest", "rpp_delta_blob"
 FAILED = "rpp_delta_failed_"
 """The name of a failure's buffer: this, then the message in UTF-8 as hexadecimal digits."""

@@ -25,6 +25,9 @@ def message(config: Config, command: Command = "train") -> str:
 def test_valid_configurations_pass(make: Make) -> None:
     validate(make(), "train")
     validate(make(), "sft")
+    validate(make({"rollout.urls": ("http://a:1/", "https://a:1", "http://a", "http://[::1]:2")}), "train")
+    validate(make({"parity.correct": 0.1}), "train")
+    validate(make({"parity.correct": 0.6, "parity.stop": 0.0}), "train")
     validate(make({"parallel.tensor": 2, "parallel.sequence": True, "parallel.pipeline": 2}), "train")
     validate(make({"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, "parallel.data": 2}), "train")
 
@@ -39,7 +42,21 @@ def test_valid_configurations_pass(make: Make) -> None:
             "train.batch_size=96 must divide rollout.num_prompts=256 x algorithm.num_samples_per_prompt=4 = 1024",
         ),
         ({"rollout.max_response_tokens": 2048}, "rollout.max_response_tokens=2048 must be below "),
-        ({"rollout.urls": ("host:1",)}, "rollout.urls=host:1 must start with http:// or https://"),
+        ({"weight_sync.transports": ()}, "weight_sync.transports is empty; name at least one"),
+        ({"weight_sync.transports": ("disk", "disk")}, "weight_sync.transports=disk,disk names one twice"),
+        (
+            {"weight_sync.transports": ("delta",), "rollout.release_memory": True},
+            "weight_sync.transports=delta changes the weights that servers hold, and rollout.release_memory=true",
+        ),
+        (
+            {"rollout.port": 65535, "rollout.num_servers": 2},
+            "rollout.port=65535 leaves no ports for rollout.num_servers=2",
+        ),
+        ({"rollout.urls": ("host:1",)}, "rollout.urls=host:1 must be a URL such as http://host:30000"),
+        ({"rollout.urls": ("http://a:1", "http://")}, "rollout.urls=http:// must be a URL"),
+        ({"rollout.urls": ("http://a:99999",)}, "rollout.urls=http://a:99999 must be a URL"),
+        ({"rollout.urls": ("http://a:1", "http://b:1", "http://a:1/")}, "rollout.urls names http://a:1/ twice"),
+        ({"parity.correct": 0.5}, "parity.correct=0.5 must be below parity.stop=0.5"),
         ({"rollout.port": 65536}, "rollout.port=65536 must be a port from 1 to 65535, or 0 for a free one"),
         ({"data.train.path": ""}, "data.train.path is not set; pass --data.train.path=FILE.jsonl"),
         ({"data.train.path": "/absent.jsonl"}, "data.train.path=/absent.jsonl must be an existing file"),

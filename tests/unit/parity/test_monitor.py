@@ -29,8 +29,8 @@ class Policy:
     parallel = Leader()
 
 
-class OneScene:
-    """What the monitor itself reads of a `Scene`."""
+class Parts:
+    """What the monitor itself reads of `RunParts`."""
 
     def __init__(self, limits: ParityConfig) -> None:
         self.config, self.policy = Config(parity=limits), Policy()
@@ -41,7 +41,7 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The mean difference of each search for a cause; one always finds numerics."""
     means: list[float] = []
 
-    def gather(scene: Any, batch: Any, rollouts: Any, mismatch: Any) -> None:
+    def gather(parts: Any, batch: Any, rollouts: Any, mismatch: Any) -> None:
         means.append(mismatch.mean)
 
     monkeypatch.setattr(monitor, "gather_evidence", gather)
@@ -51,20 +51,21 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def make(limits: ParityConfig = LIMITS) -> ParityMonitor:
-    return ParityMonitor(OneScene(limits))  # type: ignore[arg-type]
+    return ParityMonitor(Parts(limits))  # type: ignore[arg-type]
 
 
-def batch_off_by(difference: float) -> ExperienceBatch:
-    mask = torch.tensor([[0.0, 1.0, 1.0]])
+def batch_off_by(difference: float, tokens: int = 2, entropy: float = 1.0) -> ExperienceBatch:
+    """One response whose every token has the engine's log-prob -1."""
+    mask = torch.tensor([[0.0] + [1.0] * tokens])
     engine = torch.full_like(mask, -1.0)
     return ExperienceBatch(
-        tokens=torch.zeros(1, 3, dtype=torch.int64),
+        tokens=torch.zeros(mask.shape, dtype=torch.int64),
         loss_mask=mask,
         rollout_logprobs=engine,
         rewards=torch.zeros(1),
         group_ids=torch.zeros(1, dtype=torch.int64),
         old_logprobs=engine - difference,
-        entropy=torch.ones_like(mask),
+        entropy=torch.full_like(mask, entropy),
     )
 
 
@@ -106,11 +107,34 @@ def test_a_standing_difference_is_not_searched_at_every_step_but_now_and_then(se
     assert len(searches) == 2
 
 
-def test_a_difference_that_rises_or_comes_back_is_searched_at_once(searches: list[float]) -> None:
+def test_a_difference_that_rises_is_searched_at_once(searches: list[float]) -> None:
     watch = make()
     for step, difference in enumerate((0.06, 0.2, 0.06, 0.01, 0.06)):
         watch.check(step, batch_off_by(difference), [])
-    assert searches == pytest.approx([0.06, 0.2, 0.06])
+    assert searches == pytest.approx([0.06, 0.2])
+
+
+def test_a_difference_round_the_threshold_is_not_searched_at_every_other_step(searches: list[float]) -> None:
+    watch = make()
+    for step in range(LOOK_AGAIN_STEPS + 1):
+        watch.check(step, batch_off_by(0.049 if step % 2 else 0.051), [])
+    assert len(searches) == 2, "the first and the one after LOOK_AGAIN_STEPS"
+
+
+def test_a_rise_is_searched_anew_after_the_search_of_a_lower_level(searches: list[float]) -> None:
+    watch = make()
+    for step, difference in ((0, 0.2), (LOOK_AGAIN_STEPS, 0.06), (LOOK_AGAIN_STEPS + 1, 0.21)):
+        watch.check(step, batch_off_by(difference), [])
+    assert searches == pytest.approx([0.2, 0.06, 0.21])
+
+
+def test_a_warning_of_right_log_probs_says_that_the_surprisal_passed_the_threshold(
+    searches: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        make().check(4, batch_off_by(2.0**-20, tokens=64, entropy=1.4), [])
+    assert "mean surprisal of -0.4 nats above the entropy" in caplog.text and "beyond parity.warn=0.05" in caplog.text
+    assert "differ by 9.54e-07 only" in caplog.text
 
 
 def test_a_log_prob_that_is_not_a_number_stops_the_run(searches: list[float]) -> None:

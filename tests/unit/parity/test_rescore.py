@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rpp.parity.rescore import MAX_RESPONSE, ScoreItem, assign, logprobs_of, rescore, shortened
+from megatron_rpp.parity.rescore import MAX_RESPONSE, ScoreItem, assign, logprobs_of, rescore, share_of, shortened
 from megatron_rpp.rollout.protocol import RolloutError
 
 A, B, C = "http://a:1", "http://b:1", "http://c:1"
@@ -25,6 +25,19 @@ def test_every_server_scores_something_where_there_are_fewer_responses() -> None
 def test_no_response_is_left_out_where_there_are_more() -> None:
     items = [ScoreItem(i, (1, 2), 1) for i in range(5)]
     assert sorted(i.row for given in assign(items, (A, B)).values() for i in given) == [0, 1, 2, 3, 4]
+
+
+def test_no_server_is_asked_where_there_is_none() -> None:
+    assert assign([ITEM], share_of((), 1, 2)) == {}
+
+
+@pytest.mark.parametrize(("servers", "replicas"), [(64, 32), (5, 2), (2, 3), (1, 4), (3, 1)])
+def test_replicas_ask_every_server_and_only_as_many_as_they_must(servers: int, replicas: int) -> None:
+    urls = tuple(f"http://s:{i}" for i in range(servers))
+    shares = [share_of(urls, replica, replicas) for replica in range(replicas)]
+    assert {url for share in shares for url in share} == set(urls)
+    assert all(shares), "a replica that asks nobody"
+    assert sum(map(len, shares)) == max(servers, replicas)
 
 
 def test_a_response_without_tokens_is_not_sent() -> None:
@@ -68,4 +81,12 @@ def test_a_server_that_fails_does_not_hide_what_the_others_say() -> None:
 
     scored, failed = rescore(post, {A: [ITEM], B: [ITEM]}, 1.0)
     assert scored == {B: [(ITEM, [-0.5, -1.5])]}
+    assert len(failed) == 1 and A in failed[0]
+
+
+@pytest.mark.parametrize("odd", [{"meta_info": [1]}, {"meta_info": {"input_token_logprobs": [7, 8]}}])
+def test_json_of_another_shape_is_that_servers_failure_alone(odd: dict[str, Any]) -> None:
+    good = reply([None, 6, None], [-0.5, 7, None], [-1.5, 8, None])
+    scored, failed = rescore(lambda url, *_: odd if url == A else good, {A: [ITEM], B: [ITEM]}, 1.0)
+    assert list(scored) == [B]
     assert len(failed) == 1 and A in failed[0]

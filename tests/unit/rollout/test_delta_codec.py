@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -41,6 +41,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(integers(a), integers(b))
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(
     dtype=st.sampled_from(DTYPES),
     shape=st.sampled_from(SHAPES),
@@ -57,6 +58,7 @@ def test_a_change_gives_back_every_bit(dtype: torch.dtype, shape: tuple[int, ...
     assert (blob.numel() == 0) == same_bits(old, new)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(dtype=st.sampled_from(DTYPES), shape=st.sampled_from(SHAPES), seed=st.integers(0, 2**31))
 def test_a_tensor_without_a_base_comes_whole(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> None:
     new = random_bits(dtype, shape, torch.Generator().manual_seed(seed))
@@ -104,6 +106,7 @@ def test_a_change_of_a_bf16_tensor_takes_little_more_than_its_values(share: floa
     assert blob.numel() < at_most * old.nbytes
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(bits=st.lists(st.booleans(), max_size=70))
 def test_bits_are_unpacked_as_they_were_packed(bits: list[bool]) -> None:
     packed = pack_bits(torch.tensor(bits, dtype=torch.bool))

@@ -91,23 +91,18 @@ def test_a_server_that_dies_in_the_middle_costs_no_retry(servers: list[FakeServe
     assert c.suspects == {dying.url} and len(dying.payloads) <= 4
 
 
-def test_no_suspect_is_asked_again_while_another_is_left(servers: list[FakeServer]) -> None:
+@pytest.mark.parametrize("version", ["2", "default"])
+def test_a_server_of_another_version_is_asked_once_and_its_samples_come_from_elsewhere(
+    servers: list[FakeServer], version: str
+) -> None:
     stale, good = servers
-    stale.answer = lambda path, payload: (200, samples_of(payload, weight_version="2"))
+    stale.answer = lambda path, payload: (200, samples_of(payload, weight_version=version))
     good.answer = slowly
-    c = client(servers, max_concurrent_requests=2)
-    c.version = 3
-    assert is_complete(c.generate(PROMPTS, SAMPLING))
-    assert len(stale.payloads) == 1 and c.suspects == {stale.url}
-
-
-def test_samples_of_another_version_are_asked_again_elsewhere(servers: list[FakeServer]) -> None:
-    servers[0].answer = lambda path, payload: (200, samples_of(payload, weight_version="default"))
-    c = client(servers, max_retries=0)
+    c = client(servers, max_concurrent_requests=2, max_retries=0)
     c.version = 3
     rollouts = c.generate(PROMPTS, SAMPLING)
     assert is_complete(rollouts) and {r.policy_version for r in rollouts} == {3}
-    assert c.suspects == {servers[0].url}
+    assert len(stale.payloads) == 1 and c.suspects == {stale.url}
 
 
 def test_a_sample_that_began_under_an_older_version_is_refused(servers: list[FakeServer]) -> None:
@@ -158,9 +153,23 @@ def test_suspects_are_those_of_the_last_call(servers: list[FakeServer]) -> None:
 
 
 def test_the_faster_server_gets_more_requests(servers: list[FakeServer]) -> None:
-    servers[0].answer = slowly
-    client(servers, max_concurrent_requests=2).generate(PROMPTS, SAMPLING)
-    assert len(servers[1].payloads) > 2 * len(servers[0].payloads)
+    slow, fast = servers
+    ten_are_done = threading.Event()
+    asked_of_slow: list[int] = []  # requests, when the fast one got its tenth
+
+    def answer_once_ten_are_done(path: str, payload: dict[str, Any]) -> Reply:
+        ten_are_done.wait(5)
+        return 200, samples_of(payload)
+
+    def answer(path: str, payload: dict[str, Any]) -> Reply:
+        if len(fast.payloads) >= 10 and not ten_are_done.is_set():
+            asked_of_slow.append(len(slow.payloads))
+            ten_are_done.set()
+        return 200, samples_of(payload)
+
+    slow.answer, fast.answer = answer_once_ten_are_done, answer
+    assert is_complete(client(servers, max_concurrent_requests=2).generate(PROMPTS, SAMPLING))
+    assert asked_of_slow and asked_of_slow[0] <= 1
 
 
 def test_no_default_of_the_server_can_change_the_distribution(servers: list[FakeServer]) -> None:

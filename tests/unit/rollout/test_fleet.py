@@ -17,7 +17,7 @@ import pytest
 from fake_sglang import FakeServer, running
 
 from megatron_rpp.config.errors import ConfigError
-from megatron_rpp.config.schema import Config, RolloutConfig, RunConfig, WeightSyncConfig
+from megatron_rpp.config.schema import Config, RolloutConfig, RunConfig
 from megatron_rpp.rollout import backoff
 from megatron_rpp.rollout.backoff import Backoff
 from megatron_rpp.rollout.fleet import Server, ServerFleet
@@ -223,11 +223,11 @@ def test_a_spawned_server_that_dies_starts_again_after_its_backoff(build: Callab
     fleet.wait_ready()
     (server,) = fleet.refresh()
     fleet.mark([server.url], 3)
+    killed_at = time.monotonic()  # before it is dropped, so that this machine's delays cannot shorten the wait
     process_at(server.url).kill()
     until(lambda: fleet.refresh() == ())
-    dropped_at = time.monotonic()
     until(lambda: len(fleet.refresh()) == 1)
-    assert time.monotonic() - dropped_at > 0.5
+    assert time.monotonic() - killed_at >= 0.6
     assert fleet.refresh()[0].version == -1, "the new process has no weights of this run"
 
 
@@ -273,12 +273,6 @@ def test_a_port_in_use_is_an_error_that_leaves_no_server_behind(build: Callable[
         with pytest.raises(ConfigError, match=f"rollout.port={taken.server_port} is in use"):
             build(num_servers=2, port=taken.server_port - 1)
         assert {p.pid for p in psutil.Process().children()} <= before
-
-
-def test_fp8_servers_on_a_cpu_are_refused(tmp_path: Path) -> None:
-    config = Config(run=RunConfig(dir=str(tmp_path)), weight_sync=WeightSyncConfig(dtype="float8"))
-    with pytest.raises(ConfigError, match=r"weight_sync\.dtype=float8 needs servers on GPUs"):
-        ServerFleet(config)
 
 
 def test_waits_double_up_to_a_minute_and_begin_anew_after_a_good_step(monkeypatch: pytest.MonkeyPatch) -> None:

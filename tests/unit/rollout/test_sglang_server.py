@@ -25,8 +25,9 @@ import http.server, subprocess, sys
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200 if self.path == "/health" else 404)
+        self.send_response(200 if self.path in ("/health", "/server_info") else 404)
         self.end_headers()
+        self.wfile.write(b'{"tp_size": 1, "device": "cpu"}')
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 DIES_ONCE = """

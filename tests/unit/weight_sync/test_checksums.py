@@ -18,7 +18,8 @@ from torch import Tensor
 from megatron_rpp.model.hf_config import HFConfig
 from megatron_rpp.model.hf_io.fp8_blocks import dequantize, quantize
 from megatron_rpp.model.hf_mapping import read_hf_config
-from megatron_rpp.weight_sync.checksums import Digests, ExpectedChecksums, differences, merge, sampled_out
+from megatron_rpp.weight_sync.checksum_report import differences, sampled_out
+from megatron_rpp.weight_sync.checksums import Digests, ExpectedChecksums, merge
 from tests.support.tiny_models import save_tiny
 
 Tensors = dict[str, Tensor]

@@ -126,7 +126,6 @@ def sync(encoder: DeltaEncoder, server: nn.Module, weights: Named, max_bytes: in
     buckets = list(encoder.encode(weights.items(), max_bytes))
     for bucket in buckets:
         delta_loader.load(server, received(bucket))
-    encoder.commit()
     return buckets
 
 
@@ -253,7 +252,6 @@ def test_buckets_are_bounded_and_hold_each_changed_tensor_once(sizes: list[int],
     encoder = DeltaEncoder()
     old = {f"t{i}": torch.arange(1.0, size + 1) for i, size in enumerate(sizes)}
     list(encoder.encode(old.items(), max_bytes))
-    encoder.commit()
     new = moved(old, share, seed=len(sizes))
     buckets = list(encoder.encode(new.items(), max_bytes))
     assert [name for b in buckets for name in b.names] == [n for n in old if not torch.equal(old[n], new[n])]
@@ -278,7 +276,6 @@ def test_the_base_is_a_copy_of_what_was_sent() -> None:
     weights = {"default": torch.zeros(9)}
     encoder = DeltaEncoder()
     list(encoder.encode(weights.items(), 100))
-    encoder.commit()
     weights["default"][4] = 1
     (bucket,) = encoder.encode(weights.items(), 100)
     assert bucket.names == ["default"]
@@ -290,41 +287,27 @@ def kinds(encoder: DeltaEncoder, weights: Named) -> str:
     return "whole" if blob.numel() >= sum(t.nbytes for t in weights.values()) else "change"
 
 
-@pytest.mark.parametrize("how", ["rolled back", "given up", "committed"])
-def test_after_a_failed_sync_everything_is_sent(how: str) -> None:
+def test_everything_is_sent_to_servers_that_may_not_hold_the_base() -> None:
     weights = {"a": torch.arange(1000.0)}
     encoder = DeltaEncoder()
-    assert not encoder.has_base and kinds(encoder, weights) == "whole"
-    if how == "given up":
-        assert not encoder.has_base
-    else:
-        list(encoder.encode(weights.items(), 10**6))
-        encoder.commit() if how == "committed" else encoder.rollback()
+    assert kinds(encoder, weights) == "whole"
     weights["a"][3] = -1
-    assert encoder.has_base == (how == "committed")
-    assert kinds(encoder, weights) == ("change" if how == "committed" else "whole")
+    assert kinds(encoder, weights) == "change"
+    encoder.forget()
+    weights["a"][3] = -2
+    assert kinds(encoder, weights) == "whole"
 
 
 def test_a_full_sync_by_another_transport_is_a_base() -> None:
     encoder, weights = DeltaEncoder(), {"a": torch.arange(1000.0)}
     encoder.remember("a", weights["a"])
-    assert not encoder.has_base
-    encoder.commit()
     weights["a"][3] = -1
-    assert encoder.has_base and kinds(encoder, weights) == "change"
-
-
-def test_a_sync_that_did_not_come_to_its_end_cannot_be_committed() -> None:
-    encoder = DeltaEncoder()
-    next(encoder.encode([("a", torch.zeros(4)), ("b", torch.zeros(4))], 16))
-    with pytest.raises(AssertionError):
-        encoder.commit()
+    assert kinds(encoder, weights) == "change"
 
 
 def test_a_tensor_of_a_new_shape_is_sent_whole() -> None:
     encoder = DeltaEncoder()
     encoder.remember("a", torch.zeros(1000))
-    encoder.commit()
     assert kinds(encoder, {"a": torch.zeros(10, 100)}) == "whole"
 
 
@@ -343,12 +326,10 @@ def test_projections_that_sglang_joins_travel_together() -> None:
     weights = {MLA.format(i, leaf): torch.ones(4) for i in range(3) for leaf in leaves}
     encoder = DeltaEncoder()
     list(encoder.encode(weights.items(), 10**6))
-    encoder.commit()
     for step, max_bytes in enumerate((1, 16, 33, 50, 1000)):
         for leaf in ("q_a_proj", "q_b_proj"):
             weights[MLA.format(1, leaf)][1] = 7 + step  # kv_a_proj_with_mqa does not change
         buckets = list(encoder.encode(weights.items(), max_bytes))
-        encoder.commit()
         together = [b.names for b in buckets if MLA.format(1, "q_a_proj") in b.names]
         assert len(together) == 1 and MLA.format(1, "kv_a_proj_with_mqa") in together[0]
         names = [n for b in buckets for n in b.names]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -26,7 +27,9 @@ def entries(tensors: list[tuple[str, Tensor]]) -> list[Entry]:
 
 
 def buckets(tensors: list[tuple[str, Tensor]], max_bytes: int) -> list[Bucket]:
-    return list(fill_buckets(iter(tensors), plan_buckets(entries(tensors), max_bytes)))
+    """Copies: a bucket is good until the next but one."""
+    found = fill_buckets(iter(tensors), plan_buckets(entries(tensors), max_bytes))
+    return [replace(bucket, flat=bucket.flat.clone()) for bucket in found]
 
 
 @pytest.mark.parametrize(
@@ -71,8 +74,22 @@ def test_a_bucket_is_yielded_before_later_tensors_are_made() -> None:
 
 def test_a_lone_tensor_is_sent_from_where_it_lies() -> None:
     (name, tensor), *_ = named(8)
-    (bucket,) = buckets([(name, tensor)], 4)
+    (bucket,) = fill_buckets(iter([(name, tensor)]), plan_buckets(entries([(name, tensor)]), 4))
     assert bucket.flat.data_ptr() == tensor.data_ptr()
+
+
+def test_a_bucket_keeps_its_bytes_until_the_next_but_one_is_asked_for() -> None:
+    """It is on its way while the next one is filled."""
+    tensors = named(*[2] * 12)
+    found = fill_buckets(iter(tensors), plan_buckets(entries(tensors), 4))
+    last, expected = next(found), torch.cat([tensors[0][1], tensors[1][1]])
+    for i, bucket in enumerate(found, start=1):
+        assert torch.equal(last.flat, expected)
+        last, expected = bucket, torch.cat([tensors[2 * i][1], tensors[2 * i + 1][1]])
+
+
+def test_beside_an_outsize_tensor_no_other_bucket_is_made() -> None:
+    assert [bucket.may_overlap for bucket in buckets(named(2, 2, 9, 1, 1), 4)] == [True, False, True]
 
 
 def test_a_tensor_that_was_not_planned_is_an_error_rather_than_shifted_bytes() -> None:

@@ -1,4 +1,4 @@
-"""One rank of a job of two replicas with two pipeline stages: the evidence that it gathers."""
+"""One rank of a job of two replicas with two pipeline stages: the evidence that it gathers, twice."""
 
 from __future__ import annotations
 
@@ -6,25 +6,30 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_rpp.config.schema import Config, ModelConfig, ParallelConfig, ParityConfig, TrainConfig
+from megatron_rpp.config.schema import Config, ModelConfig, ParallelConfig, ParityConfig, RolloutConfig, TrainConfig
 from megatron_rpp.engine.score import score
 from megatron_rpp.experience.collate import collate
 from megatron_rpp.experience.types import ExperienceBatch, Prompt, Rollout, VersionSpan
 from megatron_rpp.model.build import Model, build_model
 from megatron_rpp.parallel import bootstrap
-from megatron_rpp.parity.gather import Scene, gather_evidence
+from megatron_rpp.parity import answer
+from megatron_rpp.parity.gather import gather_evidence
 from megatron_rpp.parity.measure import Mismatch
+from megatron_rpp.parity.run_parts import RunParts
 from megatron_rpp.rollout.protocol import RolloutError
+from megatron_rpp.weight_sync.transport import WeightSyncError
 
-ENGINE_TEMPERATURE = 0.6
+TEMPERATURE, ENGINE_TEMPERATURE = 0.8, 0.6  # configured, and true
+SERVER_SAYS = -2.0  # of every token
 RESPONSES = (3, 5)  # of each replica
 CHOSEN = 4  # parity.responses
-URLS = ("http://good:1", "http://gone:1")
+URLS = ("http://good:1", "http://gone:1")  # asked by replica 0, and by replica 1
 
 
 class NoDifference:
@@ -34,16 +39,30 @@ class NoDifference:
         return []
 
 
-class Servers:
-    """One says that every token has the log-prob -2, the other has died."""
+class Unasked:
+    """An engine that cannot ask its servers."""
 
+    def verify_weights(self) -> list[str]:
+        raise WeightSyncError("nobody answers")
+
+
+class Client:
     urls = URLS
 
-    def post(self, url: str, endpoint: str, payload: dict[str, Any], timeout_s: float) -> dict[str, object]:
+
+class Servers:
+    """One gives every token SERVER_SAYS, the other has died."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[int], int]] = []  # (token ids, where the response begins)
+
+    def post_json(self, url: str, endpoint: str, payload: dict[str, Any], timeout_s: float) -> dict[str, object]:
         if url == URLS[1]:
             raise RolloutError(f"{url} is gone")
-        ids = payload["input_ids"][payload["logprob_start_len"] :]
-        return {"meta_info": {"input_token_logprobs": [[None, ids[0], None], *([-2.0, i, None] for i in ids[1:])]}}
+        start = payload["logprob_start_len"]
+        self.asked.append((payload["input_ids"], start + 1))
+        first, *rest = payload["input_ids"][start:]
+        return {"meta_info": {"input_token_logprobs": [[None, first, None], *([SERVER_SAYS, i, None] for i in rest)]}}
 
 
 class Numbers:
@@ -56,6 +75,13 @@ class Numbers:
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         return [[int(word) for word in text.split()] for text in texts]
+
+
+class Broken(Numbers):
+    """A tokenizer with a fault."""
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        raise KeyError("no such merge")
 
 
 def rollouts_of(replica: int) -> list[Rollout]:
@@ -84,6 +110,7 @@ def main() -> None:
     model, out = sys.argv[1:3]
     config = Config(
         model=ModelConfig(path=model),
+        rollout=RolloutConfig(temperature=TEMPERATURE),
         parallel=ParallelConfig(pipeline=2, data=2),
         train=TrainConfig(micro_batch_size=2),
         parity=ParityConfig(responses=CHOSEN),
@@ -91,9 +118,14 @@ def main() -> None:
     parallel = bootstrap.initialize(config.parallel, seed=0)
     policy = build_model(config, parallel, path=model)
     rollouts = rollouts_of(parallel.dp_rank)
-    scene = Scene(config, policy, NoDifference(), Servers(), Numbers())  # type: ignore[arg-type]
-    evidence = gather_evidence(scene, scored(rollouts, policy, config), rollouts, Mismatch())
-    (Path(out) / f"evidence-{parallel.rank}.json").write_text(json.dumps(asdict(evidence)))
+    batch = scored(rollouts, policy, config)
+    answer.post_json = (servers := Servers()).post_json
+    parts: Any = partial(RunParts, config, policy)
+    evidence = gather_evidence(parts(NoDifference(), Client(), Numbers()), batch, rollouts, Mismatch())
+    (Path(out) / f"asked-{parallel.rank}.json").write_text(json.dumps(servers.asked))
+    tokenizer = Numbers() if parallel.dp_rank == 0 else Broken()
+    broken = gather_evidence(parts(Unasked(), Client(), tokenizer), batch, rollouts, Mismatch())
+    (Path(out) / f"evidence-{parallel.rank}.json").write_text(json.dumps([asdict(evidence), asdict(broken)]))
     bootstrap.shutdown()
 
 

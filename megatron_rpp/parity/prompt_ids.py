@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from megatron_rpp.data.tokenizer import Tokenizer
 from megatron_rpp.experience.types import Rollout
-from megatron_rpp.parity.evidence import ContextCheck
+from megatron_rpp.parity.evidence import PromptIdsCheck
 
 
-def check_context(
+def check_prompt_ids(
     rollouts: Sequence[Rollout], chosen: Sequence[int], tokenizer: Tokenizer, *, chat: bool
-) -> ContextCheck:
+) -> PromptIdsCheck:
     """Prompt ids of all `rollouts`; the texts are tokenized again only of those at the positions `chosen`.
 
     `chat`: prompts are a user's turn in the chat template (data.chat_template).
@@ -21,7 +21,7 @@ def check_context(
     picked = [rollouts[i] for i in chosen]
     prompts = tokenizer.encode_prompts([r.prompt.text for r in picked], chat=chat)
     responses = tokenizer.encode_many([r.text for r in picked])
-    return ContextCheck(
+    return PromptIdsCheck(
         known=len(told),
         unknown=len(rollouts) - len(told),
         different=len(wrong),

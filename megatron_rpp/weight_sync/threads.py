@@ -1,0 +1,24 @@
+"""Calls beside the main thread that keep nobody waiting: neither each other, nor the end of the process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from threading import Thread
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def in_thread(call: Callable[..., T], *args: Any) -> Future[T]:
+    """Run `call` in a thread of its own. A pool would let a slow server hold up another, and Python wait at exit."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future
