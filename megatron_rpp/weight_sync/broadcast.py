@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from functools import cache, partial
 
+from megatron_rpp import device
 from megatron_rpp.weight_sync.export import Bucket, stage_buckets
 from megatron_rpp.weight_sync.in_flight import InFlight, post_all, stream
 from megatron_rpp.weight_sync.server_group import ServerGroup
 from megatron_rpp.weight_sync.transport import Shipment
+
+_MORE_THAN_SOCKETS_HOLD = 32 * 2**20
 
 
 class BroadcastTransport:
@@ -26,7 +29,10 @@ class BroadcastTransport:
 
     def send(self, shipment: Shipment) -> int:
         """See Transport. The group stays for the next sync, as long as the servers are the same."""
-        make = partial(stage_buckets, shipment.export, bucket_bytes=self._bucket_bytes)
+        # Over gloo, which knows no float8, the copy into one buffer costs as much as the sending. Over NCCL a launch
+        # for each tensor would cost more.
+        flatten = device.backend() == "nccl" or shipment.export.is_fp8
+        make = partial(stage_buckets, shipment.export, bucket_bytes=self._bucket_bytes, flatten=flatten)
         group = cache(lambda: self._joined(shipment))  # on the sender alone, and where its errors are seen to
         return stream(shipment, make, lambda bucket: self._start(group(), bucket, shipment))
 
@@ -54,8 +60,18 @@ class BroadcastTransport:
             "dtypes": bucket.dtypes,
             "shapes": bucket.shapes,
             "group_name": group.name,
-            "load_format": "flattened_bucket",
+            "load_format": "flattened_bucket" if bucket.is_flat else None,
             "flush_cache": False,
         }
         replies = post_all("update_weights_from_distributed", dict.fromkeys(shipment.urls, payload), timeout_s)
-        return InFlight(bucket, bucket.flat.numel(), replies, group.broadcast(bucket.flat, timeout_s))
+        works = [group.broadcast(part, timeout_s) for part in bucket.parts]
+        return InFlight(bucket, bucket.nbytes, replies, works, _proves_taken(group, bucket))
+
+
+def _proves_taken(group: ServerGroup, bucket: Bucket) -> bool:
+    """Whether every server must have taken up the request for `bucket` once this rank has sent it.
+
+    Then the next request cannot overtake it. Gloo sends from rank 0 to the first two others itself, and no
+    connection holds so much.
+    """
+    return device.backend() == "gloo" and group.group.size() <= 3 and bucket.nbytes >= _MORE_THAN_SOCKETS_HOLD

@@ -26,11 +26,19 @@ JOINED, PARTNER = "self_attn.q_a_proj.", "self_attn.kv_a_proj_with_mqa."
 
 @dataclass(frozen=True)
 class Bucket:
-    """Several tensors laid end to end, in the byte order of SGLang's `flattened_bucket` load format."""
+    """Several tensors that are sent together.
+
+    Flat, they lie end to end in one buffer, in the byte order of SGLang's `flattened_bucket` load format.
+    """
 
     entries: tuple[Entry, ...]
-    flat: Tensor  # [bytes] uint8
+    parts: tuple[Tensor, ...]  # flat: one, [bytes] uint8; else the tensors themselves
+    is_flat: bool
     may_overlap: bool = True  # the next one may be made while this one is sent; not beside an outsize tensor
+
+    @property
+    def nbytes(self) -> int:
+        return _bytes_of(self.entries)
 
     @property
     def names(self) -> list[str]:
@@ -49,9 +57,12 @@ class Bucket:
         return self.names[0] if len(self.entries) == 1 else f"{self.names[0]} .. {self.names[-1]}"
 
 
-def stage_buckets(export: StageExport, tensors: Iterator[NamedTensor], bucket_bytes: int) -> Iterator[Bucket]:
+def stage_buckets(
+    export: StageExport, tensors: Iterator[NamedTensor], bucket_bytes: int, *, flatten: bool
+) -> Iterator[Bucket]:
     """`tensors`, those of `export`, in buckets."""
-    return fill_buckets(tensors, plan_buckets(entries_of(export.empty()), payload_bytes(export, bucket_bytes)))
+    plan = plan_buckets(entries_of(export.empty()), payload_bytes(export, bucket_bytes))
+    return fill_buckets(tensors, plan, flatten=flatten)
 
 
 def payload_bytes(export: StageExport, bucket_bytes: int) -> int:
@@ -93,47 +104,60 @@ def partner_of(name: str) -> str:
     return name.replace(JOINED, PARTNER)
 
 
-def fill_buckets(tensors: Iterator[NamedTensor], plan: Sequence[Sequence[Entry]]) -> Iterator[Bucket]:
+def fill_buckets(tensors: Iterator[NamedTensor], plan: Sequence[Sequence[Entry]], *, flatten: bool) -> Iterator[Bucket]:
     """The planned buckets, each yielded as soon as it is full; `tensors` come in the order of the plan's entries.
 
-    Two buffers take turns: a bucket is good until the next but one is asked for.
+    Two flat buffers take turns: a bucket is good until the next but one is asked for.
     """
-    buffers: list[Tensor] = []
     size = max((_bytes_of(entries) for entries in plan if len(entries) > 1), default=0)
+    buffers: list[Tensor] = []
     for entries in plan:
-        if len(entries) == 1:
-            name, tensor = next(tensors)
-            assert name == entries[0].name, f"{name} came in the place of {entries[0].name}"
-            flat = as_bytes(tensor)  # no copy where it lies in one piece
-            del tensor
-            yield Bucket(tuple(entries), flat, may_overlap=flat.numel() <= size)
+        found = _taken(tensors, entries)
+        if not flatten:
+            by_name = {name: tensor.contiguous() for name, tensor in found}
+            parts = tuple(by_name.pop(entry.name) for entry in entries)
+        elif len(entries) == 1:
+            parts = tuple(as_bytes(tensor) for _, tensor in found)  # no copy where it lies in one piece
         else:
-            flat = _filled(tensors, entries, buffers, size)
-            yield Bucket(tuple(entries), flat)
+            parts = (_laid_end_to_end(found, entries, buffers, size),)
             buffers.reverse()
-        del flat
+        yield Bucket(tuple(entries), parts, flatten, may_overlap=len(entries) > 1 or entries[0].nbytes <= size)
+        del parts
     assert next(tensors, None) is None, "more tensors than planned"
 
 
-def _filled(tensors: Iterator[NamedTensor], entries: Sequence[Entry], buffers: list[Tensor], size: int) -> Tensor:
-    """The next tensors in the first of `buffers`; makes another where there are not two yet."""
-    starts = dict(zip((entry.name for entry in entries), _starts(entries), strict=True))
-    flat = None
+def _taken(tensors: Iterator[NamedTensor], entries: Sequence[Entry]) -> Iterator[NamedTensor]:
+    """As many of `tensors` as there are `entries`, which name them in some order."""
+    wanted = {entry.name for entry in entries}
     for _ in entries:
         name, tensor = next(tensors)
+        assert name in wanted, f"{name} came in the place of {', '.join(sorted(wanted))}"
+        wanted.remove(name)
+        yield name, tensor
+        del tensor  # before the next one is gathered
+
+
+def _laid_end_to_end(
+    tensors: Iterator[NamedTensor], entries: Sequence[Entry], buffers: list[Tensor], size: int
+) -> Tensor:
+    """`tensors` in the first of `buffers`; makes another where there are not two yet."""
+    starts = dict(zip((entry.name for entry in entries), _starts(entries), strict=True))
+    flat = None
+    for name, tensor in tensors:
         if flat is None:
             if len(buffers) < 2:
                 buffers.insert(0, torch.empty(size, dtype=torch.uint8, device=tensor.device))
             flat = buffers[0][: _bytes_of(entries)]
         flat[starts[name] :][: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        del tensor  # before the next one is gathered
+        del tensor
     assert flat is not None
     return flat
 
 
 def tensors_of(bucket: Bucket) -> list[NamedTensor]:
-    """The bucket's tensors by name, as views of it."""
-    parts = bucket.flat.split([entry.nbytes for entry in bucket.entries])
+    """The tensors of a flat bucket by name, as views of it."""
+    (flat,) = bucket.parts
+    parts = flat.split([entry.nbytes for entry in bucket.entries])
     return [
         (entry.name, part.view(entry.dtype).view(entry.shape))
         for entry, part in zip(bucket.entries, parts, strict=True)

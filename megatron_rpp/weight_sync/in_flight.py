@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Protocol, TypeVar
@@ -38,13 +38,20 @@ class InFlight:
         what: object,
         nbytes: int,
         replies: Mapping[str, Future[dict[str, object]]],
-        work: dist.Work | None = None,
+        works: Sequence[dist.Work] = (),
+        sent_is_taken: bool = False,
     ) -> None:
         """what: the bucket, named by `str` in errors. nbytes: that this rank sends, once for all servers.
 
-        replies: by URL. work: of a broadcast that belongs to it.
+        replies: by URL. works: broadcasts that belong to it. sent_is_taken: once they are done, every server has
+        taken up its request.
         """
-        self._what, self.nbytes, self._replies, self._work = what, nbytes, replies, work
+        self._what, self.nbytes, self._replies, self._works = what, nbytes, replies, works
+        self._sent_is_taken = sent_is_taken and bool(works)
+
+    def wait_taken(self, deadline: Deadline) -> None:
+        """Until the servers' next requests cannot overtake this one. Raises as `wait` does."""
+        self._wait_until(self._is_sent if self._sent_is_taken else self._is_done, deadline)
 
     def wait(self, deadline: Deadline) -> None:
         """Until all servers have loaded it.
@@ -52,7 +59,12 @@ class InFlight:
         Raises an ExceptionGroup of ServerFailures: of all that refuse, as soon as one does, or at the deadline of
         all that were silent.
         """
-        while not self._is_done():
+        self._wait_until(self._is_done, deadline)
+        for work in self._works:
+            work.wait()
+
+    def _wait_until(self, is_reached: Callable[[], bool], deadline: Deadline) -> None:
+        while not is_reached():
             self._raise_refusals()
             if deadline.is_over():
                 silent = [url for url, reply in self._replies.items() if not reply.done()] or list(self._replies)
@@ -60,12 +72,12 @@ class InFlight:
                 raise ExceptionGroup("servers are silent", [ServerFailure(url, message) for url in silent])
             time.sleep(_POLL_S)
         self._raise_refusals()
-        if self._work is not None:
-            self._work.wait()
+
+    def _is_sent(self) -> bool:
+        return all(work.is_completed() for work in self._works)
 
     def _is_done(self) -> bool:
-        is_sent = self._work is None or self._work.is_completed()
-        return is_sent and all(reply.done() for reply in self._replies.values())
+        return self._is_sent() and all(reply.done() for reply in self._replies.values())
 
     def _raise_refusals(self) -> None:
         errors = {url: reply.exception() for url, reply in self._replies.items() if reply.done()}
@@ -101,16 +113,20 @@ def stream(
 
 
 def _send(buckets: Iterator[B], start: Callable[[B], InFlight], deadline: Deadline) -> int:
-    in_flight, sent = None, 0
+    """A bucket is made while the last one is sent, and sent while servers load the last one."""
+    last, sent = None, 0
     for bucket in buckets:
-        if in_flight is not None:
-            in_flight.wait(deadline)
-        in_flight, may_overlap = start(bucket), bucket.may_overlap
-        sent += in_flight.nbytes
+        if last is not None:
+            last.wait_taken(deadline)
+        current, may_overlap = start(bucket), bucket.may_overlap
+        sent += current.nbytes
         del bucket
+        if last is not None:
+            last.wait(deadline)
+        last = current
         if not may_overlap:
-            in_flight.wait(deadline)
-            in_flight = None
-    if in_flight is not None:
-        in_flight.wait(deadline)
+            last.wait(deadline)
+            last = None
+    if last is not None:
+        last.wait(deadline)
     return sent

@@ -32,7 +32,7 @@ class IpcTransport:
         for server in shipment.servers:
             if not _is_here(server.url):  # it would open our handles in vain, and end
                 raise ServerFailure(server.url, "ipc needs servers on the trainer's host; choose broadcast or disk")
-        make = partial(stage_buckets, shipment.export, bucket_bytes=self._bucket_bytes)
+        make = partial(stage_buckets, shipment.export, bucket_bytes=self._bucket_bytes, flatten=True)
         return stream(shipment, make, lambda bucket: self._start(bucket, shipment))
 
     def settle(self, *, verified: bool) -> None:
@@ -51,7 +51,7 @@ class IpcTransport:
             for server in shipment.servers
         }
         replies = post_all("update_weights_from_tensor", payloads, shipment.deadline.left_s())
-        return InFlight(bucket, bucket.flat.numel(), replies)
+        return InFlight(bucket, bucket.nbytes, replies)
 
 
 def _is_here(url: str) -> bool:
@@ -63,7 +63,7 @@ def _is_here(url: str) -> bool:
 def _serialized(bucket: Bucket) -> str:
     """The bucket's tensors for one server rank, as SGLang reads them."""
     named = tensors_of(bucket)
-    if not bucket.flat.is_cuda:
+    if not bucket.parts[0].is_cuda:
         return base64.b64encode(pickle.dumps(named)).decode()
     # Its reductions name a GPU by its UUID, so that trainer and server may number theirs differently.
     from sglang.srt.utils import MultiprocessingSerializer

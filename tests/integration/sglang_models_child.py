@@ -1,7 +1,7 @@
 """SGLang's own model classes, loaded and hashed by its weight checker: no server, no KV cache, no forward pass.
 
-Arguments: TP size, dtype, result file, model directories. The result is JSON: the checker's reports, by rank, a
-directory. SGLang is imported once, and each rank of each model is a fork of that process.
+Arguments: result file, JSON list of [TP size, dtype, model directory]. The result is JSON: the checker's reports, by
+rank, a directory. SGLang is imported once, and each rank of each model is a fork of that process.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def in_fork(out: Path, folder: str, dtype: str, tp_size: int, rank: int, port: i
 
 
 def main() -> None:
-    tp_size, dtype, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    out = Path(sys.argv[1])
     ModelRegistry.get_supported_archs()  # imports every model, once for all forks
     result: dict[str, list[dict[str, Any]]] = {}
-    for folder in sys.argv[4:]:
+    for tp_size, dtype, folder in json.loads(sys.argv[2]):
         port = free_port()
         files = [out.with_suffix(f".{rank}") for rank in range(tp_size)]
         forks = [in_fork(file, folder, dtype, tp_size, rank, port) for rank, file in enumerate(files)]

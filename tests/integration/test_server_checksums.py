@@ -35,6 +35,7 @@ FAMILIES = (
     *("llama", "llama3", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"),
     *("gemma2", "gemma3", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4"),
 )
+DTYPES = {1: "float32", 2: "bfloat16", 3: "float32"}  # by TP size
 # Keys of hub checkpoints that SGLang reads and transformers 5 no longer writes.
 CONFIG_KEYS = {
     "gemma2": {"hidden_act": "gelu_pytorch_tanh"},
@@ -73,23 +74,38 @@ def names(report: Mapping[str, Any]) -> set[str]:
     return set(report["checksums"])
 
 
-@pytest.mark.parametrize(("tp_size", "dtype"), [(1, "float32"), (2, "bfloat16"), (3, "float32")])
-def test_every_family_s_own_sglang_class_holds_what_is_predicted(tp_size: int, dtype: str, tmp_path: Path) -> None:
-    """At TP 3 SGLang on CPU pads heads, widths and vocabulary: 4 and 2 heads, 48 and 20 wide, 19 tokens.
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[int, list[Path]]:
+    """The tiny models by the TP size at which they are loaded; beside config.json, what the checker said of each.
 
-    It then takes hidden_size / padded heads for the size of a Mixtral head, and loads it wrongly.
+    At TP 3 SGLang on CPU pads heads, widths and vocabulary: 4 and 2 heads, 48 and 20 wide, 19 tokens. It then takes
+    hidden_size / padded heads for the size of a Mixtral head, and loads it wrongly.
     """
-    families = [family for family in FAMILIES if tp_size != 3 or family != "mixtral"]
-    folders = [write_model(family, tmp_path, getattr(torch, dtype)) for family in families]
-    out, log = tmp_path / "reports.json", tmp_path / "child.log"
-    command = [sys.executable, str(CHILD), str(tp_size), dtype, str(out), *map(str, folders)]
-    env = server_environment(os.environ, RolloutConfig(server_tensor=tp_size), "cpu")
+    out = tmp_path_factory.mktemp("families")
+    folders, runs = {}, []
+    for tp_size, dtype in DTYPES.items():
+        families = [family for family in FAMILIES if tp_size != 3 or family != "mixtral"]
+        (out / str(tp_size)).mkdir()
+        folders[tp_size] = [write_model(family, out / str(tp_size), getattr(torch, dtype)) for family in families]
+        runs += [(tp_size, dtype, str(folder)) for folder in folders[tp_size]]
+    command = [sys.executable, str(CHILD), str(out / "reports.json"), json.dumps(runs)]
+    env = server_environment(os.environ, RolloutConfig(server_tensor=max(DTYPES)), "cpu")
+    log = out / "child.log"
     with log.open("wb") as stream:
-        done = subprocess.run(command, env=env, stdout=stream, stderr=subprocess.STDOUT, timeout=300)
+        done = subprocess.run(command, env=env, stdout=stream, stderr=subprocess.STDOUT, timeout=500)
     assert done.returncode == 0, log.read_text()[-3000:]
-    reports: dict[str, Reports] = json.loads(out.read_text())
-    found = {folder.name: differences(predicted(folder, tp_size), reports[str(folder)]) for folder in folders}
-    assert found == {family: [] for family in families}
+    for folder, reports in json.loads((out / "reports.json").read_text()).items():
+        (Path(folder) / "reports.json").write_text(json.dumps(reports))
+    return folders
+
+
+@pytest.mark.parametrize("tp_size", DTYPES)
+def test_every_family_s_own_sglang_class_holds_what_is_predicted(
+    tp_size: int, models: Mapping[int, list[Path]]
+) -> None:
+    reports: dict[Path, Reports] = {f: json.loads((f / "reports.json").read_text()) for f in models[tp_size]}
+    found = {folder.name: differences(predicted(folder, tp_size), reports[folder]) for folder in models[tp_size]}
+    assert len(found) >= len(FAMILIES) - 1 and found == {family: [] for family in found}
 
 
 def ask(running: SGLangServer, skip: tuple[str, ...] = ()) -> Reports:

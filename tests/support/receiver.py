@@ -83,14 +83,13 @@ class Receiver:
     def _take(self, body: Reply) -> Reply:
         if not (self._is_open and self._is_paused):
             raise Refused("weights came outside an update session, or while generation was not paused")
-        if body["load_format"] != "flattened_bucket":
-            raise Refused(f"load_format={body['load_format']}")
         bucket = self._bucket.empty(body["names"], body["dtypes"], body["shapes"], "cpu")
-        flat = bucket.get_flattened_tensor()
-        dist.broadcast(flat, src=0, group=self._groups[body["group_name"]])
+        flat, named = bucket.get_flattened_tensor(), bucket.reconstruct_tensors()
+        for tensor in [flat] if body["load_format"] == "flattened_bucket" else [tensor for _, tensor in named]:
+            dist.broadcast(tensor, src=0, group=self._groups[body["group_name"]])
         with self._lock:
             self._bucket_sizes.append(flat.numel())
-            for name, tensor in bucket.reconstruct_tensors():
+            for name, tensor in named:
                 if name in self._tensors:
                     raise Refused(f"{name} came twice")
                 self._tensors[name] = tensor.clone()

@@ -26,10 +26,15 @@ def entries(tensors: list[tuple[str, Tensor]]) -> list[Entry]:
     return entries_of(iter(tensors))
 
 
+def flat(bucket: Bucket) -> Tensor:
+    (only,) = bucket.parts
+    return only
+
+
 def buckets(tensors: list[tuple[str, Tensor]], max_bytes: int) -> list[Bucket]:
     """Copies: a bucket is good until the next but one."""
-    found = fill_buckets(iter(tensors), plan_buckets(entries(tensors), max_bytes))
-    return [replace(bucket, flat=bucket.flat.clone()) for bucket in found]
+    found = fill_buckets(iter(tensors), plan_buckets(entries(tensors), max_bytes), flatten=True)
+    return [replace(bucket, parts=(flat(bucket).clone(),)) for bucket in found]
 
 
 @pytest.mark.parametrize(
@@ -53,10 +58,10 @@ def test_buckets_fill_up_in_order_and_a_large_tensor_goes_alone(
 def test_no_bucket_exceeds_the_bound_and_every_byte_is_sent_once(sizes: list[int], max_bytes: int) -> None:
     tensors = named(*sizes)
     found = buckets(tensors, max_bytes)
-    assert all(b.flat.numel() <= max_bytes or len(b.names) == 1 for b in found)
+    assert all(flat(b).numel() <= max_bytes or len(b.names) == 1 for b in found)
     assert [n for b in found for n in b.names] == [name for name, _ in tensors]
     if tensors:
-        assert torch.equal(torch.cat([b.flat for b in found]), torch.cat([t for _, t in tensors]))
+        assert torch.equal(torch.cat([flat(b) for b in found]), torch.cat([t for _, t in tensors]))
 
 
 def test_a_bucket_is_yielded_before_later_tensors_are_made() -> None:
@@ -68,23 +73,23 @@ def test_a_bucket_is_yielded_before_later_tensors_are_made() -> None:
             made.append(name)
             yield name, tensor
 
-    next(fill_buckets(source(), plan_buckets(entries(named(2, 2, 2, 2)), 4)))
+    next(fill_buckets(source(), plan_buckets(entries(named(2, 2, 2, 2)), 4), flatten=True))
     assert made == ["t0", "t1"]
 
 
 def test_a_lone_tensor_is_sent_from_where_it_lies() -> None:
     (name, tensor), *_ = named(8)
-    (bucket,) = fill_buckets(iter([(name, tensor)]), plan_buckets(entries([(name, tensor)]), 4))
-    assert bucket.flat.data_ptr() == tensor.data_ptr()
+    (bucket,) = fill_buckets(iter([(name, tensor)]), plan_buckets(entries([(name, tensor)]), 4), flatten=True)
+    assert flat(bucket).data_ptr() == tensor.data_ptr()
 
 
 def test_a_bucket_keeps_its_bytes_until_the_next_but_one_is_asked_for() -> None:
     """It is on its way while the next one is filled."""
     tensors = named(*[2] * 12)
-    found = fill_buckets(iter(tensors), plan_buckets(entries(tensors), 4))
+    found = fill_buckets(iter(tensors), plan_buckets(entries(tensors), 4), flatten=True)
     last, expected = next(found), torch.cat([tensors[0][1], tensors[1][1]])
     for i, bucket in enumerate(found, start=1):
-        assert torch.equal(last.flat, expected)
+        assert torch.equal(flat(last), expected)
         last, expected = bucket, torch.cat([tensors[2 * i][1], tensors[2 * i + 1][1]])
 
 
@@ -94,9 +99,9 @@ def test_beside_an_outsize_tensor_no_other_bucket_is_made() -> None:
 
 def test_a_tensor_that_was_not_planned_is_an_error_rather_than_shifted_bytes() -> None:
     with pytest.raises(AssertionError, match="t1 came in the place of t0"):
-        list(fill_buckets(iter(named(2, 2)[1:]), plan_buckets(entries(named(2)), 4)))
+        list(fill_buckets(iter(named(2, 2)[1:]), plan_buckets(entries(named(2)), 4), flatten=True))
     with pytest.raises(AssertionError, match="more tensors than planned"):
-        list(fill_buckets(iter(named(2, 2)), plan_buckets(entries(named(2)), 4)))
+        list(fill_buckets(iter(named(2, 2)), plan_buckets(entries(named(2)), 4), flatten=True))
 
 
 def test_tensors_that_sglang_joins_travel_in_one_request() -> None:
@@ -118,9 +123,9 @@ def reassemble(bucket: Bucket) -> dict[str, Tensor]:
     for name, dtype, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
         kind = getattr(torch, dtype)
         size = torch.Size(shape).numel() * kind.itemsize
-        found[name] = bucket.flat[start : start + size].clone().view(kind).reshape(shape)
+        found[name] = flat(bucket)[start : start + size].clone().view(kind).reshape(shape)
         start += size
-    assert start == bucket.flat.numel()
+    assert start == flat(bucket).numel()
     return found
 
 
@@ -161,7 +166,7 @@ def sglang_bucket() -> ModuleType:
 def receive(sglang_bucket: ModuleType, bucket: Bucket) -> dict[str, Tensor]:
     """What a server does with a broadcast bucket."""
     allocated = sglang_bucket.FlattenedTensorBucket.empty(bucket.names, bucket.dtypes, bucket.shapes, "cpu")
-    allocated.flattened_tensor.copy_(bucket.flat)
+    allocated.flattened_tensor.copy_(flat(bucket))
     return dict(allocated.reconstruct_tensors())
 
 
