@@ -317,7 +317,7 @@ class ParityConfig:
     stop: float = 0.5
     """Above it the run ends, with the cause; 0: never."""
     responses: int = 8
-    """Responses that the search for a cause scores again."""
+    """Responses that the search for a cause scores again, over all replicas; at least one of each."""
 
 
 @dataclass(frozen=True)

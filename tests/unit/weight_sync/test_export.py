@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
-from types import ModuleType
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor
 from megatron_rpp.model.export_hf import entries_of
 from megatron_rpp.model.hf_io.safetensors_writer import Entry
 from megatron_rpp.weight_sync.export import Bucket, fill_buckets, plan_buckets, tensors_of
+from tests.support.sglang_parts import tensor_bucket
 
 
 def named(*sizes: int) -> list[tuple[str, Tensor]]:
@@ -149,35 +148,21 @@ def test_bytes_reassemble_bit_for_bit_with_mixed_dtypes(max_bytes: int) -> None:
         assert torch.equal(found[name].flatten().view(torch.uint8), expected), name
 
 
-@pytest.fixture(scope="module")
-def sglang_bucket() -> ModuleType:
-    """SGLang's tensor_bucket.py alone; importing the package would take seconds."""
-    package = importlib.util.find_spec("sglang")
-    if package is None or not package.submodule_search_locations:
-        pytest.skip("sglang is not installed")
-    path = f"{package.submodule_search_locations[0]}/srt/weight_sync/tensor_bucket.py"
-    spec = importlib.util.spec_from_file_location("sglang_tensor_bucket", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def receive(sglang_bucket: ModuleType, bucket: Bucket) -> dict[str, Tensor]:
+def receive(bucket: Bucket) -> dict[str, Tensor]:
     """What a server does with a broadcast bucket."""
-    allocated = sglang_bucket.FlattenedTensorBucket.empty(bucket.names, bucket.dtypes, bucket.shapes, "cpu")
+    allocated = tensor_bucket().FlattenedTensorBucket.empty(bucket.names, bucket.dtypes, bucket.shapes, "cpu")
     allocated.flattened_tensor.copy_(flat(bucket))
     return dict(allocated.reconstruct_tensors())
 
 
-def test_sglang_reads_the_same_tensors_out_of_a_bucket(sglang_bucket: ModuleType) -> None:
+def test_sglang_reads_the_same_tensors_out_of_a_bucket() -> None:
     sent = [("a", torch.randn(3, 5)), ("b", torch.randn(4, 2).t()), ("c", torch.randn(7))]
     (bucket,) = buckets(sent, 10_000)
-    found = receive(sglang_bucket, bucket)
+    found = receive(bucket)
     assert all(torch.equal(found[name], tensor) for name, tensor in sent) and len(found) == 3
 
 
-def test_sglang_reads_mixed_dtypes_out_of_a_bucket(sglang_bucket: ModuleType) -> None:
+def test_sglang_reads_mixed_dtypes_out_of_a_bucket() -> None:
     sent = [("bf16", torch.randn(3).bfloat16()), ("fp32", torch.randn(2))]
-    found = {k: v for bucket in buckets(sent, 10_000) for k, v in receive(sglang_bucket, bucket).items()}
+    found = {k: v for bucket in buckets(sent, 10_000) for k, v in receive(bucket).items()}
     assert all(torch.equal(found[name], tensor) for name, tensor in sent)
