@@ -58,9 +58,14 @@ def set_version(url: str, version: str, timeout_s: float) -> None:
     post_json(url, "update_weight_version", {"new_version": version, "abort_all_requests": False}, timeout_s)
 
 
-def version(url: str, timeout_s: float) -> str:
-    """What the server answers as now."""
-    return str(get_json(url, "model_info", timeout_s).get("weight_version"))
+def version(url: str, timeout_s: float) -> str | None:
+    """What the server answers as now; None where it is too old to say."""
+    try:
+        return str(get_json(url, "model_info", timeout_s).get("weight_version"))
+    except RolloutError as error:
+        if "HTTP 404" not in str(error):
+            raise
+        return None
 
 
 def weight_loaders(url: str, timeout_s: float) -> list[str]:

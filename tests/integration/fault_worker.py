@@ -178,7 +178,7 @@ def corrupted(session: Session, config: Config) -> dict[str, Any]:
         calls += 1
         if calls == 2:
             flat = flat.clone()
-            flat[100] ^= 1
+            flat.flatten().view(torch.uint8)[100] ^= 1
         return original(self, flat, timeout_s)
 
     with patch.object(ServerGroup, "broadcast", flip):

@@ -38,6 +38,7 @@ class Receiver:
         self._groups: dict[str, ProcessGroup] = {}
         self._is_paused = self._is_open = False
         self._finished = 0  # syncs
+        self._version = "default"
         self._tensors: dict[str, Tensor] = {}
         self._bucket_sizes: list[int] = []  # of the last session, in bytes
         self._bucket = tensor_bucket().FlattenedTensorBucket
@@ -47,6 +48,7 @@ class Receiver:
         return {
             "/health": lambda _: {},
             "/server_info": lambda _: {"tp_size": 1, "device": "cpu"},
+            "/model_info": lambda _: {"weight_version": self._version},
             "/v1/loads": lambda _: {"loads": [{"num_running_reqs": 0, "num_waiting_reqs": 0}]},
             "/flush_cache": lambda _: {},
             "/pause_generation": lambda _: self._pause(is_paused=True),
@@ -96,7 +98,8 @@ class Receiver:
         return {}
 
     def _set_version(self, body: Reply) -> Reply:
-        if body["new_version"].isdigit():  # else it is not verified
+        self._version = body["new_version"]
+        if self._version.isdigit():  # else it is not verified
             holds = {"tensors": self._tensors, "bucket_sizes": self._bucket_sizes}
             torch.save(holds, self._out / f"{self._finished}.pt")
             self._finished += 1
