@@ -19,7 +19,7 @@ from megatron_rpp.model.hf_io.safetensors_writer import Entry, name_files, split
 from megatron_rpp.model.hf_io.tensors import HFTensors
 from megatron_rpp.model.mtp_export import mtp_changes, open_mtp, with_mtp_layers
 from megatron_rpp.model.stage_export import StageExport
-from megatron_rpp.parallel.collectives import Gather, gather_errors, gather_objects, on_rank_0
+from megatron_rpp.parallel.collectives import Gather, gather_errors, gather_objects, on_rank_0, words_of
 
 FILE_BYTES = 4_000_000_000
 Files = list[tuple[str, list[Entry]]]
@@ -83,7 +83,7 @@ def _plan(export: StageExport, source: str, mtp: str, gather: Gather) -> _Plan:
             tensors = with_mtp_layers(source, files, export.empty(), is_last, read=_empty)
             runs = split_entries(entries_of(tensors), FILE_BYTES)
         except Exception as caught:  # whatever it is: the other ranks wait to hear of it
-            error = _words(caught)
+            error = words_of(caught, OSError, ValueError)
     if failed := gather_errors(error, gather):
         raise OSError(failed)
     of_ranks = gather(runs)
@@ -103,17 +103,13 @@ def _write(export: StageExport, source: str, folder: Path, plan: _Plan, gather: 
                 for name, entries in plan.own:
                     write_file(folder / name, entries, tensors)
             except Exception as caught:
-                error = _words(caught)
+                error = words_of(caught, OSError, ValueError)
         try:
             deque(gathered, maxlen=0)
         except Exception as caught:
-            error = error or _words(caught)
+            error = error or words_of(caught, OSError, ValueError)
     if failed := gather_errors(error, gather):
         raise OSError(failed)
-
-
-def _words(error: Exception) -> str:
-    return str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
 
 
 def _empty(files: HFTensors, name: str) -> Tensor:

@@ -84,6 +84,11 @@ def gather_objects(value: T, group: ProcessGroup | None = None) -> list[T]:
     return values
 
 
+def words_of(error: Exception, *expected: type[Exception]) -> str:
+    """What the other ranks are told of `error`: one of the `expected` kinds speaks for itself, others by type."""
+    return str(error) if isinstance(error, expected) else f"{type(error).__name__}: {error}"
+
+
 def gather_errors(error: str | None, gather: Gather = gather_objects) -> str | None:
     """What went wrong on any rank of the job, by rank; None where nothing did. Every rank must call it."""
     found = [f"rank {rank}: {text}" for rank, text in enumerate(gather(error)) if text]

@@ -7,7 +7,7 @@ endpoint and the server's words.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_rpp.rollout.http import get_json, post_json
@@ -60,12 +60,8 @@ def set_version(url: str, version: str, timeout_s: float) -> None:
 
 def version(url: str, timeout_s: float) -> str | None:
     """What the server answers as now; None where it is too old to say."""
-    try:
-        return str(get_json(url, "model_info", timeout_s).get("weight_version"))
-    except RolloutError as error:
-        if "HTTP 404" not in str(error):
-            raise
-        return None
+    reply = _if_there(lambda: get_json(url, "model_info", timeout_s))
+    return None if reply is None else str(reply.get("weight_version"))
 
 
 def weight_loaders(url: str, timeout_s: float) -> list[str]:
@@ -116,11 +112,17 @@ def _running(url: str, timeout_s: float) -> int:
 
 
 def _post_if_there(url: str, endpoint: str, timeout_s: float) -> None:
+    _if_there(lambda: post_json(url, endpoint, {}, timeout_s))
+
+
+def _if_there(call: Callable[[], dict[str, object]]) -> dict[str, object] | None:
+    """The reply; None of an older server, which does not have the endpoint."""
     try:
-        post_json(url, endpoint, {}, timeout_s)
+        return call()
     except RolloutError as error:
         if "HTTP 404" not in str(error):
             raise
+        return None
 
 
 def _left(end: float) -> float:

@@ -33,6 +33,11 @@ class Server:
     device: str  # cpu | cuda
     version: int  # policy version it was last brought to; UNSYNCED: none, also after a restart
 
+    @property
+    def is_synced(self) -> bool:
+        """Whether it holds a version that a sync has brought."""
+        return self.version != UNSYNCED
+
 
 class ServerFleet:
     """Rank 0's alone, without collectives, and used from its main thread (see sglang_server.py).

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_rpp.parallel.collectives import gather_shards
+from megatron_rpp.parallel.collectives import gather_shards, words_of
 from megatron_rpp.parallel.exchange import Exchange, OutOfStep
 from megatron_rpp.rollout.fleet import Server
 from megatron_rpp.rollout.protocol import RolloutError
@@ -102,5 +102,4 @@ def for_each_server(servers: Sequence[Server], action: Callable[[Server, Deadlin
 def _failure(phase: str, error: Exception) -> Failure:
     if isinstance(error, ServerFailure):
         return Failure(phase, dist.get_rank(), str(error), error.server, error.tensors)
-    is_expected = isinstance(error, RolloutError | OSError | ValueError | RuntimeError)
-    return Failure(phase, dist.get_rank(), str(error) if is_expected else f"{type(error).__name__}: {error}")
+    return Failure(phase, dist.get_rank(), words_of(error, OSError, ValueError, RuntimeError))

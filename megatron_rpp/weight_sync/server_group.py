@@ -36,7 +36,7 @@ class ServerGroup:
 
     @classmethod
     def join(cls, servers: Sequence[Server], stage: int, deadline: Deadline) -> ServerGroup:
-        """Make the group with every server. Raises ServerFailure of the first that does not join in time."""
+        """Make the group with every server. Raises ServerFailures, one or a group, where they do not join in time."""
         name = f"rpp-stage{stage}-{time.time_ns()}"  # a torn-down group's name is never used again
         world_size = 1 + sum(server.tp_size for server in servers)
         timeout_s, hosts = deadline.left_s(), [address_seen_by(server.url) for server in servers]
@@ -54,7 +54,7 @@ class ServerGroup:
 
     def is_of(self, servers: Sequence[Server]) -> bool:
         """Whether it joins just these, and none that has been started again since."""
-        return self.urls == tuple(server.url for server in servers) and all(server.version >= 0 for server in servers)
+        return self.urls == tuple(server.url for server in servers) and all(server.is_synced for server in servers)
 
     def broadcast(self, flat: Tensor, timeout_s: float) -> dist.Work:
         """Start to send `flat` from this rank."""

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TypeVar
 
 from megatron_rpp.config.schema import RolloutConfig
+from megatron_rpp.parallel.collectives import words_of
 from megatron_rpp.rollout import control
 from megatron_rpp.rollout.fleet import Server, ServerFleet
 from megatron_rpp.rollout.protocol import RolloutError
@@ -42,7 +43,7 @@ class SharedFleet:
         )
         self._suspects.clear()
         for server in self.known:
-            if server.version < 0:  # started again, with all its memory
+            if not server.is_synced:  # started again, with all its memory
                 self.released.pop(server.url, None)
         return self.known
 
@@ -89,7 +90,7 @@ class SharedFleet:
             try:
                 answer = (question(self._fleet), None)
             except Exception as error:  # whatever it is: the other ranks wait to hear of it
-                answer = (None, str(error) if isinstance(error, RolloutError) else f"{type(error).__name__}: {error}")
+                answer = (None, words_of(error, RolloutError))
         value, failed = self._phases.gather(Deadline("servers", patience), answer)[0]
         if failed is not None:
             raise RolloutError(failed)

@@ -11,11 +11,11 @@ from functools import partial
 import torch
 
 from megatron_rpp.config.schema import Config
-from megatron_rpp.experience.types import Prompt, Rollout
+from megatron_rpp.experience.types import UNSYNCED, Prompt, Rollout
 from megatron_rpp.model.build import Model
 from megatron_rpp.model.export_hf import takes_part_in_export
 from megatron_rpp.model.stage_export import StageExport
-from megatron_rpp.parallel.collectives import from_replica_leader, gather_objects
+from megatron_rpp.parallel.collectives import from_replica_leader, gather_objects, words_of
 from megatron_rpp.rollout.fleet import Server, ServerFleet
 from megatron_rpp.rollout.protocol import ProgressCallback, RolloutError, SamplingParams
 from megatron_rpp.rollout.sglang_client import SGLangClient
@@ -51,7 +51,7 @@ class SyncedRolloutEngine:
         self._dtype = dtype
         self._phases = Phases(policy.parallel.store, self._config.deadline_s)
         self._fleet = SharedFleet(fleet, self._phases, config.rollout)
-        self.policy_version = -1  # of the policy's weights, and of the serving servers; -1: not synced yet
+        self.policy_version = UNSYNCED  # of the policy's weights, and of the serving servers
         self.last_sync: SyncReport | None = None
 
     def wait_ready(self) -> None:
@@ -131,7 +131,7 @@ class SyncedRolloutEngine:
                 self._policy.parallel, lambda: self._client.generate(picked, sampling, progress, group_ids=mine)
             )
         except Exception as error:  # whatever it is: the other replicas wait to hear of it
-            return [], str(error) if isinstance(error, RolloutError) else f"{type(error).__name__}: {error}"
+            return [], words_of(error, RolloutError)
         assert {r.policy_version for r in rollouts} <= {self.policy_version}, "the client takes no other version"
         return rollouts, None
 
@@ -183,7 +183,7 @@ class SyncedRolloutEngine:
         self, servers: Sequence[Server], version: int, transport: Transport, *, is_first: bool
     ) -> Transaction:
         config = self._config
-        if config.verify == "sample" and not (is_first and all(server.version >= 0 for server in servers)):
+        if config.verify == "sample" and not (is_first and all(server.is_synced for server in servers)):
             config = replace(config, verify="full")  # a sample is for servers that were wholly compared before
         return Transaction(
             self._policy,

@@ -89,7 +89,7 @@ class Transaction:
 
     def _begin(self, server: Server, deadline: Deadline) -> None:
         held = control.version(server.url, deadline.left_s())
-        if server.version >= 0 and held not in (None, str(server.version), control.UNVERIFIED):
+        if server.is_synced and held not in (None, str(server.version), control.UNVERIFIED):
             raise ServerFailure(server.url, f"it answers as version {held}, and was brought to {server.version}")
         control.pause(server.url, self.config.pause, deadline.left_s())
         control.set_version(server.url, control.UNVERIFIED, deadline.left_s())
