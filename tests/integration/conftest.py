@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megatron_rpp.config.schema import RolloutConfig
 from megatron_rpp.rollout.sglang_server import SGLangServer
+from tests.support.servers import running
 
 PAD, EOS = 0, 1
 ALPHABET = ["<pad>", "<eos>", *string.digits, *"+-*="]
@@ -49,10 +50,5 @@ def sglang_server(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
     """A running server with the tiny model in float32."""
     rollout = RolloutConfig(context_length=256, max_response_tokens=64)
     log_path = tmp_path_factory.mktemp("server") / "sglang.log"
-    server = SGLangServer(str(tiny_model_dir), rollout, dtype="float32", log_path=log_path)
-    server.start()
-    try:
-        server.wait_ready(rollout.startup_deadline_s)
+    with running(SGLangServer(str(tiny_model_dir), rollout, dtype="float32", log_path=log_path)) as server:
         yield server
-    finally:
-        server.stop()

@@ -17,6 +17,7 @@ from megatron_rpp.rollout.in_server.delta_loader import LOADER
 from megatron_rpp.rollout.sglang_server import SGLangServer
 from megatron_rpp.weight_sync import delta
 from megatron_rpp.weight_sync.delta import DeltaEncoder
+from tests.support.servers import running
 
 DEADLINE_S = 120.0
 LEARNING_RATE = 5e-7
@@ -108,12 +109,8 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     rollout = RolloutConfig(context_length=64, server_tensor=2)
     log_path = folder / "sglang.log"
     server = SGLangServer(str(trainer.folder), rollout, dtype="bfloat16", log_path=log_path, weight_loader=LOADER)
-    server.start()
-    try:
-        server.wait_ready(rollout.startup_deadline_s)
+    with running(server):
         yield Live(server, rollout.server_tensor, trainer)
-    finally:
-        server.stop()
 
 
 def test_deltas_leave_the_server_as_a_full_load_would(live: Live) -> None:

@@ -34,6 +34,7 @@ from megatron_rpp.rollout.protocol import SamplingParams
 from megatron_rpp.rollout.sglang_client import SGLangClient
 from megatron_rpp.rollout.sglang_server import SGLangServer
 from megatron_rpp.weight_sync.build import build_engine
+from tests.support.servers import running
 
 ROLLOUT = RolloutConfig(context_length=256, max_response_tokens=64)
 STALE = "model.norm.weight"
@@ -67,13 +68,8 @@ def wrong_rope_server(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFac
     override = json.dumps({"rope_parameters": {"rope_type": "default", "rope_theta": 9000.0}})
     rollout = replace(ROLLOUT, server_args=("--json-model-override-args", override))
     log_path = tmp_path_factory.mktemp("wrong-rope") / "sglang.log"
-    server = SGLangServer(str(tiny_model_dir), rollout, dtype="float32", log_path=log_path)
-    server.start()
-    try:
-        server.wait_ready(rollout.startup_deadline_s)
+    with running(SGLangServer(str(tiny_model_dir), rollout, dtype="float32", log_path=log_path)) as server:
         yield server
-    finally:
-        server.stop()
 
 
 def checked(

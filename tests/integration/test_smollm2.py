@@ -20,6 +20,7 @@ from megatron_rpp.parallel.local_launch import launch_local
 from megatron_rpp.rollout.protocol import SamplingParams
 from megatron_rpp.rollout.sglang_client import SGLangClient
 from megatron_rpp.rollout.sglang_server import SGLangServer
+from tests.support.servers import running
 
 QUESTIONS = ("What is the capital of France?", "Write a haiku about the sea.", "Why is the sky blue?", "2 + 3 =")
 NEW_TOKENS = 24
@@ -115,14 +116,9 @@ def test_sglang_writes_the_text_that_transformers_writes_from_the_exported_direc
         stop_token_ids=tokenizer.eos_token_ids,
         seed=0,
     )
-    server = SGLangServer(str(exported), rollout, dtype="float32", log_path=tmp_path / "sglang.txt")
-    server.start()
-    try:
-        server.wait_ready(rollout.startup_deadline_s)
+    with running(SGLangServer(str(exported), rollout, dtype="float32", log_path=tmp_path / "sglang.txt")) as server:
         asked = [Prompt(i, text, tuple(ids), "") for i, (text, ids) in enumerate(zip(QUESTIONS, prompts, strict=True))]
         rollouts = SGLangClient([server.url], rollout, tokenizer.decode).generate(asked, sampling)
-    finally:
-        server.stop()
     assert [until_end(source, list(rollout.response_ids)) for rollout in rollouts] == expected
     reference = AutoTokenizer.from_pretrained(source)
     assert [r.text for r in rollouts] == [reference.decode(ids, skip_special_tokens=True) for ids in expected]
