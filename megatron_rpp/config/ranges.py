@@ -34,6 +34,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "weight_sync.dtype": ("auto", "float32", "bfloat16", "float8"),
     "weight_sync.verify": ("full", "sample", "off"),
     "weight_sync.pause": ("drain", "abort", "retract"),
+    "rollout.record": ("resume", "all", "off"),
+    "slurm.container_runtime": ("pyxis", "apptainer"),
 }
 
 
@@ -85,6 +87,8 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "parity.responses",
         "eval.num_prompts",
         "checkpoint.keep",
+        "slurm.servers_per_node",
+        "slurm.max_tries",
         "sft.steps",
         "sft.batch_size",
         "data.train.size",
@@ -120,6 +124,10 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "optimizer.clip_grad",
         "eval.interval",
         "checkpoint.interval",
+        "checkpoint.keep_every",
+        "slurm.gpus_per_node",
+        "slurm.rollout_nodes",
+        "slurm.checkpoint_before_end_s",
         "sft.lr",
         "sft.min_lr",
         "sft.warmup_steps",
@@ -132,6 +140,8 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "reward.time_limit_s",
         "optimizer.adam_eps",
         "weight_sync.deadline_s",
+        "watchdog.heartbeat_deadline_s",
+        "watchdog.stall_deadline_s",
     ),
     ZERO_OR_ONE: ("algorithm.variance_ddof",),
     ZERO_OR_ABOVE_1: ("algorithm.dual_clip",),

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_rpp.config.job import CheckpointConfig, SlurmConfig, WatchdogConfig
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -151,9 +153,11 @@ class RolloutConfig:
     top_p: float = 1.0
     """Nucleus sampling; below 1 the engine samples from less than the distribution that it gives log-probs of."""
     urls: tuple[str, ...] = ()
-    """Running SGLang servers to attach to; empty, with urls_file: the trainer spawns its own."""
+    """Running SGLang servers to attach to; without this, urls_file and registry the trainer spawns its own."""
     urls_file: str = ""
     """File with the URL of a running server on each line, read again before every step: servers join and leave."""
+    registry: bool = False
+    """Servers announce themselves in the job's store (`rpp serve`), on any host; they join and leave."""
     num_servers: int = 1
     """Servers that the trainer spawns, each with its own tensor-parallel ranks."""
     port: int = 0
@@ -178,11 +182,15 @@ class RolloutConfig:
     """Requests in flight at once; a request holds the samples of one prompt."""
     max_retries: int = 3
     """Times that a failed request is sent again, and that a failed weight sync or step's sampling is repeated."""
+    record: str = "resume"
+    """Sampled tokens kept in the run directory: resume (what a resumed run would sample again), all, or off."""
+    replay: str = ""
+    """Run directory whose recorded responses are used instead of sampling, where it has them."""
 
     @property
     def spawns_servers(self) -> bool:
         """Whether the trainer starts its servers itself, rather than attach to running ones."""
-        return not (self.urls or self.urls_file)
+        return not (self.urls or self.urls_file or self.registry)
 
 
 @dataclass(frozen=True)
@@ -331,16 +339,6 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
-    """Megatron distributed checkpoints in the run directory."""
-
-    interval: int = 20
-    """Steps between checkpoints; the last step is always saved. 0: never."""
-    keep: int = 2
-    """Newest checkpoints that are kept."""
-
-
-@dataclass(frozen=True)
 class SftConfig:
     """Supervised warm start (`rpp sft`)."""
 
@@ -381,4 +379,6 @@ class Config:
     parity: ParityConfig = field(default_factory=ParityConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
     sft: SftConfig = field(default_factory=SftConfig)

@@ -96,8 +96,9 @@ def _check_servers(config: Config) -> None:
         known.add(url.rstrip("/"))
     if rollout.urls_file:
         _require_file("rollout.urls_file", rollout.urls_file)
-    if rollout.urls and rollout.urls_file:
-        raise ConfigError("rollout.urls and rollout.urls_file are both set; write all URLs into the file")
+    ways = [name for name in ("urls", "urls_file", "registry") if getattr(rollout, name)]
+    if len(ways) > 1:
+        raise ConfigError(f"rollout.{ways[0]} and rollout.{ways[1]} are both set; name the servers in one way")
     if rollout.port and rollout.port + rollout.num_servers - 1 > 65535:
         raise ConfigError(f"rollout.port={rollout.port} leaves no ports for rollout.num_servers={rollout.num_servers}")
 

@@ -31,6 +31,7 @@ class PoolServer:
     url: str
     running: set[asyncio.Task[Any]] = field(default_factory=set)
     failures: int = 0  # a server that fails fast must not look like the least busy one
+    has_failed_last: bool = False  # the newest request that it ended, it failed
     cause: str | None = None  # why it is asked no more
 
 
@@ -43,8 +44,8 @@ class ServerPool:
 
     @property
     def suspects(self) -> set[str]:
-        """URLs of the servers that were given up."""
-        return {server.url for server in self._servers if server.cause is not None}
+        """URLs of the servers that were given up, or that failed a request and have answered none since."""
+        return {server.url for server in self._servers if server.cause is not None or server.has_failed_last}
 
     def left(self) -> list[PoolServer]:
         """The servers that may be asked. Raises RolloutError where there is none, with every server's reason."""

@@ -27,7 +27,7 @@ class SGLangClient:
     def __init__(self, urls: Sequence[str], rollout: RolloutConfig, decode: Callable[[Sequence[int]], str]) -> None:
         self.urls = tuple(urls)  # of the serving ones; may be set later, once the servers are up
         self.version: int | None = None  # policy version that every sampled token must come from; None: any
-        self.suspects: set[str] = set()  # URLs that the last `generate` gave up: dead, silent, or of another version
+        self.suspects: set[str] = set()  # URLs that the last `generate` doubts: dead, silent, of another version
         self._rollout, self._decode = rollout, decode
 
     def generate(
@@ -116,9 +116,10 @@ class SGLangClient:
                 if isinstance(error, HttpFailure) and not error.is_transient:
                     raise RolloutError(cause) from error
                 failed.append(server.url)
-                server.failures += 1
+                server.failures, server.has_failed_last = server.failures + 1, True
                 self._raise_if_hopeless(pool, failed, cause)
             else:
+                server.has_failed_last = False
                 if self.version is None or not (others := other_versions(samples, self.version)):
                     return samples
                 pool.give_up(server, f"samples from version {min(others)}, not {self.version}")

@@ -84,7 +84,7 @@ def test_a_bad_setting_is_told_without_importing_torch(project: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["walk"], "unknown command walk; it must be one of: train, sft, report"),
+        (["walk"], "unknown command walk; it must be one of: train, sft, report, plan, doctor, launch, serve"),
         (["train"], "no configuration file; write: rpp train CONFIG.toml"),
         (
             ["train", "{}/run.toml", "--run.stepz=1"],

@@ -1,0 +1,19 @@
+"""How a command tells its user what to change."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from megatron_rpp.parallel.local_launch import ERROR_PREFIX, USER_ERROR
+
+
+def user_error(error: ValueError) -> int:
+    """Tell the user, once a job."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(error_line(error))
+    return USER_ERROR
+
+
+def error_line(error: ValueError) -> str:
+    return f"{ERROR_PREFIX}{' '.join(str(error).split())}\n"
