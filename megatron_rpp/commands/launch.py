@@ -1,0 +1,91 @@
+"""`rpp launch slurm CONFIG.toml ... --nodes N [--dry-run]`: checks, renders and submits a job."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_rpp.commands.train import check_lines
+from megatron_rpp.config.errors import ConfigError
+from megatron_rpp.config.load import load_config
+from megatron_rpp.config.preflight import make_folders
+from megatron_rpp.config.schema import Config
+from megatron_rpp.config.validate import validate
+from megatron_rpp.slurm import client
+from megatron_rpp.slurm.allocation import ranks_per_node, world_size
+from megatron_rpp.slurm.script import render
+
+_USAGE = "rpp launch slurm CONFIG.toml ... [--section.key=value ...] --nodes N [--dry-run]"
+
+
+def run(words: Sequence[str]) -> int:
+    """Submit, and say what was submitted. With --dry-run only the latter."""
+    if "--help" in words or "-h" in words:
+        sys.stdout.write(f"{_USAGE}\n\nThe section slurm of the configuration says what to ask for; docs/cluster.md.\n")
+        return 0
+    given, nodes, is_dry = _parse(words)
+    config = load_config([w for w in given if not w.startswith("-")], [w for w in given if w.startswith("-")])
+    check(config, nodes)
+    path = Path(config.run.dir) / "slurm" / "job.sbatch"
+    argv = [*config.slurm.sbatch_args, str(path), *given]
+    text = render(config, nodes)
+    sys.stdout.write(f"{describe(config, nodes)}\n\n# {path}\n{text}\nsbatch {shlex.join(argv)}\n")
+    if is_dry:
+        return 0
+    make_folders(config, "train")
+    (Path(config.run.dir) / "logs").mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    job_id = client.submit(argv)
+    sys.stdout.write(f"submitted job {job_id}; its log is {config.run.dir}/logs/slurm-{job_id}.txt\n")
+    return 0
+
+
+def check(config: Config, nodes: int) -> None:
+    """The configuration can run, and fits the allocation. Raises ValueError."""
+    validate(config, "train")
+    from megatron_rpp.model.checks import check_model  # imports torch
+
+    check_model(config, "train")
+    check_lines(config, "train")
+    trainer_nodes = nodes - config.slurm.rollout_nodes
+    if trainer_nodes < 1:
+        raise ConfigError(f"--nodes {nodes} must be above slurm.rollout_nodes={config.slurm.rollout_nodes}")
+    ranks_per_node(config, trainer_nodes)
+    if config.rollout.urls or config.rollout.urls_file:
+        raise ConfigError("rollout.urls and rollout.urls_file must be empty: the job starts its own servers")
+
+
+def describe(config: Config, nodes: int) -> str:
+    """Who runs where, in words."""
+    slurm, parallel, world = config.slurm, config.parallel, world_size(config)
+    trainer_nodes = nodes - slurm.rollout_nodes
+    kind = f" with {slurm.gpus_per_node} GPUs each" if slurm.gpus_per_node else ""
+    places = f"{slurm.rollout_nodes} more nodes" if slurm.rollout_nodes else "the same nodes"
+    return (
+        f"{trainer_nodes} trainer nodes{kind}: TP {parallel.tensor} x PP {parallel.pipeline} x DP {parallel.data} = "
+        f"{world} ranks, {world // trainer_nodes} on each\n"
+        f"{slurm.servers_per_node} SGLang servers (TP {config.rollout.server_tensor}) on each of {places}"
+    )
+
+
+def _parse(words: Sequence[str]) -> tuple[list[str], int, bool]:
+    """(configuration files and overrides, nodes, whether it is a dry run). Raises ConfigError."""
+    rest = list(words[2:])
+    if list(words[1:2]) != ["slurm"]:
+        raise ConfigError(f"write: {_USAGE}; launch/mpi and launch/local hold the scripts for others")
+    is_dry = "--dry-run" in rest
+    rest = [word for word in rest if word != "--dry-run"]
+    nodes = ""
+    for index, word in enumerate(rest):
+        if word == "--nodes" or word.startswith("--nodes="):
+            nodes = word.partition("=")[2] or "".join(rest[index + 1 : index + 2])
+            del rest[index : index + (1 if "=" in word else 2)]
+            break
+    if not nodes.isdigit() or int(nodes) < 1:
+        raise ConfigError(f"--nodes {nodes} must be a number of nodes; write: {_USAGE}")
+    if not any(not word.startswith("-") for word in rest):
+        raise ConfigError(f"no configuration file; write: {_USAGE}")
+    return rest, int(nodes), is_dry
