@@ -19,6 +19,7 @@ from megatron_rpp.slurm import client
 from megatron_rpp.slurm.allocation import Allocation
 from megatron_rpp.slurm.guard import NodeWatch
 from megatron_rpp.slurm.history import History, Try, steps_done
+from megatron_rpp.slurm.preflight import examine
 from megatron_rpp.slurm.replacement import Replacement
 from megatron_rpp.slurm.steps import Steps
 
@@ -58,7 +59,7 @@ class Supervisor:
         (self._run_dir / "logs").mkdir(parents=True, exist_ok=True)
         self._history.begin(self._allocation.attempt, self._allocation.nodes, steps_done(self._run_dir))
         self._replacement.save(self._allocation.nodes, self._words)
-        ending = self._run_steps()
+        ending = self._preflight() or self._run_steps()
         self._history.end(
             self._allocation.attempt, ending.kind, ending.cause, steps_done(self._run_dir), ending.bad_nodes
         )
@@ -66,6 +67,15 @@ class Supervisor:
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         self._signals.append(number)
+
+    def _preflight(self) -> Ending | None:
+        """Where the doctor finds that the job cannot run, and whether it could without some of its nodes."""
+        if not self._config.slurm.doctor or self._config.slurm.container:  # SLURM's commands are outside of it
+            return None
+        checkup = examine(self._words, self._run_dir)
+        if checkup.has_passed:
+            return None
+        return Ending(Try.FAILED, checkup.cause, checkup.bad_nodes, is_users_mistake=not checkup.bad_nodes)
 
     def _run_steps(self) -> Ending:
         watch = NodeWatch(self._allocation.nodes, self._config.watchdog.heartbeat_deadline_s)
@@ -173,18 +183,17 @@ class Supervisor:
         client.requeue(job_id)
         if excluded:
             client.exclude(job_id, excluded)
-        time.sleep(_GRACE_S)
 
 
 class _Again:
-    """A step that is started again when it has ended as a whole."""
+    """A step that is started again when it has failed as a whole."""
 
     def __init__(self, start: Callable[[], subprocess.Popen[bytes]]) -> None:
         self._start = start
         self.process, self._started_at = start(), time.monotonic()
 
     def look(self) -> None:
-        if self.process.poll() is not None and time.monotonic() - self._started_at > _SERVE_AGAIN_S:
+        if self.process.poll() not in (None, 0) and time.monotonic() - self._started_at > _SERVE_AGAIN_S:
             logger.warning("the servers' step has ended; starting it again")
             self.process, self._started_at = self._start(), time.monotonic()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rpp import cli
 from megatron_rpp.config import Config
 from megatron_rpp.config.load import dump_toml
 from megatron_rpp.slurm.history import History, Try
@@ -166,6 +167,22 @@ def test_steps_get_the_users_words_and_the_name_of_the_attempt(job: Job) -> None
     assert "--nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=1" in train
     assert train.endswith(f"train {job.root}/run.toml --run.seed=5 --resume=auto --rollout.registry=true")
     assert (job.run_dir / "attempt").read_text() == "7.0\n"
+
+
+def test_a_node_that_the_doctor_finds_bad_is_left_out_of_the_requeued_job(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job.root / "sitecustomize.py").write_text(
+        "import sys, types, pathlib\n"
+        "doctor = types.ModuleType('megatron_rpp.commands.doctor')\n"
+        f"report = {json.dumps({'bad_nodes': [NODES[1]]})!r}\n"
+        "doctor.run = lambda words: 1 if pathlib.Path(words[-1][7:]).write_text(report) else 0\n"
+        "sys.modules[doctor.__name__] = doctor\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{job.root}{os.pathsep}{Path(cli.__file__).parents[1]}")
+    assert job.start("exit 0", "--slurm.doctor=true") == 75
+    assert job.calls("srun") == [], "nothing was started"
+    assert job.calls("scontrol")[-2:] == ["scontrol requeue 7", f"scontrol update JobId=7 ExcNodeList={NODES[1]}"]
 
 
 def test_an_array_task_has_its_index_in_its_words(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
