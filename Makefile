@@ -14,6 +14,7 @@ lint: setup ## style, types, and imports that point down only
 	$(BIN)/lint-imports
 
 test: lint ## everything that CI runs
+	@bash tools/slurm.sh
 	$(BIN)/python -m pytest
 
 smollm2: setup ## a real pretrained model: its logits against transformers, then two REINFORCE++ steps

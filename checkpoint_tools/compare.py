@@ -14,7 +14,6 @@ Exit code 0: the same; 1: different; 2: an error that the user can mend, told in
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from checkpoint_tools.command import not_negative, parser, positive, run
 from megatron_rpp.config.schema import Config, ModelConfig, ParallelConfig
+from megatron_rpp.parallel.environment import find_rank
 
 TOOL = "compare"
 LOGITS_ATOL = 1e-4
@@ -72,15 +72,15 @@ def _config_from(path: str, hf: str | None) -> str:
 def _logits(asked: argparse.Namespace, words: list[str]) -> int:
     parallel = ParallelConfig(tensor=asked.tensor, pipeline=asked.pipeline, sequence=asked.tensor > 1)
     config = Config(model=ModelConfig(path=asked.paths[0]), parallel=parallel)
-    if "WORLD_SIZE" in os.environ:  # a rank, that this program launched
 
-        def work() -> int:
-            from megatron_rpp.conversion.logits import compare_logits
+    def work() -> int:
+        if find_rank(asked.tensor * asked.pipeline) is None:
+            return _launch(parallel, asked, words)
+        from megatron_rpp.conversion.logits import compare_logits
 
-            return compare_logits(config, asked.paths, LOGITS_ATOL if asked.atol is None else asked.atol)
+        return compare_logits(config, asked.paths, LOGITS_ATOL if asked.atol is None else asked.atol)
 
-        return run(TOOL, work, on_gpu=True)
-    return run(TOOL, lambda: _launch(parallel, asked, words), on_gpu=True)
+    return run(TOOL, work, on_gpu=True)
 
 
 def _launch(parallel: ParallelConfig, asked: argparse.Namespace, words: list[str]) -> int:

@@ -6,7 +6,7 @@
     rpp plan CONFIG.toml ... [--section.key=value ...] [--gpus N]
     rpp doctor CONFIG.toml ... [--section.key=value ...]
     rpp launch slurm CONFIG.toml ... [--section.key=value ...] --nodes N [--dry-run]
-    rpp serve CONFIG.toml ... [--section.key=value ...]
+    rpp serve CONFIG.toml ... [--section.key=value ...] [--host ADDRESS]
 
 Without a launcher, `train` and `sft` start their ranks on this host; each rank is this same command
 under torchrun, srun or mpirun, or with the variables that they set.

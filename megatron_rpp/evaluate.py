@@ -20,7 +20,7 @@ def evaluate(s: Session) -> dict[str, float]:
         return {}
     sampled = replace(s.sampling(0), num_samples_per_prompt=1, seed=s.config.run.seed)
     metrics = Metrics()
-    with s.timers("eval"):
+    with s.phase("eval"):
         for name, sampling in (("eval/accuracy", sampled), ("eval/greedy_accuracy", s.greedy())):
             rollouts = s.rollout_engine.generate(s.eval_prompts, sampling)
             rewards = from_replica_leader(s.parallel, partial(s.eval_reward, rollouts))

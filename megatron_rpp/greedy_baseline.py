@@ -16,7 +16,7 @@ def greedy_rewards(s: Session, prompts: Sequence[Prompt]) -> list[float] | None:
     """
     if s.config.algorithm.estimator != "remax":
         return None
-    with s.timers("baseline"):
+    with s.phase("baseline"):
         rollouts = s.rollout_engine.generate(prompts, s.greedy())
         rewards = from_replica_leader(s.parallel, lambda: s.reward(rollouts))
     return [reward for reward in rewards for _ in range(s.config.algorithm.num_samples_per_prompt)]

@@ -6,10 +6,16 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
-from megatron_rpp.checkpoint.manager import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_rpp.checkpoint.fence import Fence
+from megatron_rpp.checkpoint.find import find_checkpoint
+from megatron_rpp.checkpoint.manager import Checkpointer
+from megatron_rpp.checkpoint.rng import restore_rng
 from megatron_rpp.checkpoint.run_state import RunState
+from megatron_rpp.checkpoint.sharded import load_checkpoint
 from megatron_rpp.config.load import dump_toml
 from megatron_rpp.config.schema import Config
 from megatron_rpp.data.prompts import PromptSource, load_prompts
@@ -21,19 +27,25 @@ from megatron_rpp.model.build import Model, build_model
 from megatron_rpp.model.hf_mapping import read_hf_config
 from megatron_rpp.observability.reporter import Reporter
 from megatron_rpp.observability.timers import Timers
-from megatron_rpp.parallel import bootstrap
+from megatron_rpp.parallel import bootstrap, stop_request
+from megatron_rpp.parallel.collectives import gather_objects, on_rank_0
 from megatron_rpp.parallel.context import ParallelContext
+from megatron_rpp.parallel.watchdog import Watchdog
 from megatron_rpp.parity.monitor import ParityMonitor
 from megatron_rpp.parity.run_parts import RunParts
 from megatron_rpp.reward.build import build_reward
 from megatron_rpp.reward.protocol import Reward
+from megatron_rpp.rollout import journal
 from megatron_rpp.rollout.fleet import ServerFleet
 from megatron_rpp.rollout.protocol import SamplingParams
+from megatron_rpp.rollout.registry import Registry
 from megatron_rpp.rollout.sglang_client import SGLangClient
 from megatron_rpp.weight_sync.build import build_engine, check_weight_sync
 from megatron_rpp.weight_sync.synced_engine import SyncedRolloutEngine
 
 logger = logging.getLogger(__name__)
+
+Resume = Literal["no", "yes", "auto"]
 
 
 @dataclass
@@ -52,10 +64,18 @@ class Session:
     optimizer: Optimizer
     rollout_engine: SyncedRolloutEngine
     parity: ParityMonitor
+    checkpointer: Checkpointer
     reporter: Reporter
     first_step: int
     shaping: ShapingState
     timers: Timers
+    watchdog: Watchdog
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A part of a step: timed as time/`name`, and watched."""
+        with self.timers(name), self.watchdog.phase(name, phase_deadline_s(self.config, name)):
+            yield
 
     def sampling(self, step: int) -> SamplingParams:
         """How this step's training responses are sampled; every step has its own seed."""
@@ -68,30 +88,43 @@ class Session:
             seed=self.config.run.seed * 1_000_003 + step,
         )
 
+    def is_asked_to_stop(self) -> bool:
+        """Whether any rank was asked to save and stop; the same on all. A collective over the whole job."""
+        return any(gather_objects(stop_request.is_requested()))
+
     def greedy(self) -> SamplingParams:
         """One greedy response a prompt."""
         return replace(self.sampling(0), num_samples_per_prompt=1, temperature=0.0)
 
-    def save(self, step: int) -> None:
-        """Write the checkpoint of the state after `step` rollout batches. A collective over the whole job."""
+    def save(self, step: int, *, wait: bool = False) -> None:
+        """Write the checkpoint of the state after `step` rollout batches. A collective over the whole job.
+
+        wait: return when it is whole; otherwise checkpoint.background says.
+        """
         state = RunState(
             step=step,
             prompts=self.prompt_source.state_dict(),
             schedule=self.optimizer.schedule.state_dict(),
             shaping=asdict(self.shaping),
+            parity=self.parity.state_dict(),
+            layout=asdict(self.config.parallel),
         )
-        keep, source = self.config.checkpoint.keep, self.config.model.path
-        save_checkpoint(self.config.run.dir, self.policy, self.optimizer, state, keep, source)
+        self.checkpointer.save(self.policy, self.optimizer, state, wait=wait)
 
 
 @contextmanager
-def open_session(config: Config, *, resume: bool) -> Iterator[Session]:
+def open_session(config: Config, *, resume: Resume) -> Iterator[Session]:
     """Build a run, user errors first and servers early; stop what was started, however the run ends.
+
+    resume: "auto" goes on from a checkpoint where there is one, and starts otherwise.
 
     Raises ValueError for what only the data, the tokenizer or the ranks can tell.
     """
-    parallel = bootstrap.initialize(config.parallel, config.run.seed, longest_wait_s(config))
-    with ExitStack() as stack:
+    parallel = bootstrap.initialize(config.parallel, config.run.seed, longest_wait_s(config), config.run.dir)
+    start_s = phase_deadline_s(config, "sync")  # servers are waited for, and synced
+    watchdog = Watchdog(parallel.store, parallel.place, config.run.dir, config.watchdog, start_s)
+    # Other ranks are told of an error before the teardown, and the watchdog outlives it.
+    with watchdog, ExitStack() as stack, watchdog.telling():
         stack.callback(bootstrap.shutdown)
         tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
         hf = read_hf_config(config.model.path)
@@ -104,7 +137,7 @@ def open_session(config: Config, *, resume: bool) -> Iterator[Session]:
         eval_reward = build_reward(config.reward, config.data.eval) if eval_prompts else reward
         stack.callback(eval_reward.close)
         client = SGLangClient((), config.rollout, tokenizer.decode)
-        fleet = ServerFleet(config) if parallel.rank == 0 else None
+        fleet = ServerFleet(config, _registry(config, parallel)) if parallel.rank == 0 else None
         if fleet is not None:
             stack.callback(fleet.stop)
         policy, optimizer = make_trainable(
@@ -112,14 +145,15 @@ def open_session(config: Config, *, resume: bool) -> Iterator[Session]:
         )
         reference = build_model(config, parallel, path=config.model.path) if config.algorithm.uses_reference else None
         logger.info("preset %s, estimator %s", config.algorithm.preset, config.algorithm.estimator)
-        first_step, shaping = 0, ShapingState()
-        if resume:
-            first_step, shaping = _resume(config, policy, optimizer, prompt_source)
-        engine = build_engine(config, policy, fleet, client)
+        checkpointer = stack.enter_context(_checkpointer(config, parallel))
+        state = _resume(config, resume, policy, optimizer, prompt_source)
+        first_step, shaping = state.step, ShapingState.from_dict(state.shaping)
+        engine = build_engine(config, policy, fleet, client, _journal(config, parallel, resume, first_step))
         stack.callback(engine.close)
         engine.wait_ready()
         engine.sync(first_step)
         parity = ParityMonitor(RunParts(config, policy, engine, client, tokenizer))
+        parity.load_state_dict(state.parity)
         replica = parallel.dp_rank if parallel.is_replica_leader else None
         reporter = stack.enter_context(
             Reporter(config.run.dir, rank=parallel.rank, replica=replica, steps=range(first_step, config.run.steps))
@@ -128,7 +162,7 @@ def open_session(config: Config, *, resume: bool) -> Iterator[Session]:
             (Path(config.run.dir) / "config.toml").write_text(dump_toml(config))
         yield Session(
             config, parallel, tokenizer, prompt_source, eval_prompts, reward, eval_reward, policy, reference,
-            optimizer, engine, parity, reporter, first_step, shaping, Timers(),
+            optimizer, engine, parity, checkpointer, reporter, first_step, shaping, Timers(), watchdog,
         )  # fmt: skip
 
 
@@ -138,10 +172,28 @@ def longest_wait_s(config: Config) -> float:
     return max(rollout.request_deadline_s, rollout.startup_deadline_s, sync.deadline_s)
 
 
+def phase_deadline_s(config: Config, name: str) -> float:
+    """The time that a phase's own deadlines give it, all tries together; 0 where it has none."""
+    rollout, tries = config.rollout, config.rollout.max_retries + 1
+    sync_s = tries * config.weight_sync.deadline_s + rollout.startup_deadline_s
+    sampling_s = tries * (rollout.request_deadline_s + sync_s)
+    responses = rollout.num_prompts * config.algorithm.num_samples_per_prompt
+    verifying_s = responses * config.reward.time_limit_s
+    own = {"rollout": sampling_s, "reward": verifying_s, "parity": sync_s, "sync": sync_s}
+    return own.get(name, 2 * (sampling_s + verifying_s) if name in ("eval", "baseline") else 0.0)
+
+
 def total_optimizer_steps(config: Config) -> int:
     """Optimizer steps of the whole run, for the learning-rate schedule."""
     responses = config.rollout.num_prompts * config.algorithm.num_samples_per_prompt
     return config.run.steps * (responses // config.train.batch_size)
+
+
+def _registry(config: Config, parallel: ParallelContext) -> Registry | None:
+    """Where servers announce themselves to this job; None where it does not want that."""
+    if not config.rollout.registry:
+        return None
+    return Registry(parallel.store, parallel.place.attempt, config.rollout.health_deadline_s)
 
 
 def _prompts(config: Config, tokenizer: Tokenizer) -> tuple[list[Prompt], list[Prompt]]:
@@ -154,14 +206,50 @@ def _prompts(config: Config, tokenizer: Tokenizer) -> tuple[list[Prompt], list[P
     return train, load_prompts(source, config.data, tokenizer, max_prompt_tokens=longest)
 
 
+@contextmanager
+def _checkpointer(config: Config, parallel: ParallelContext) -> Iterator[Checkpointer]:
+    """Claims run.dir for this start of the job. What is in the making at the end becomes whole."""
+    fence = None
+    if parallel.rank == 0:
+        fence = Fence(config.run.dir, parallel.place.attempt)
+        fence.claim()
+    keeps_all = config.rollout.record == "all"
+    forget_sampled = None if keeps_all else partial(journal.forget, config.run.dir)
+    checkpointer = Checkpointer(
+        config.run.dir, config.model.path, config.checkpoint, fence=fence, on_whole=forget_sampled
+    )
+    try:
+        yield checkpointer
+    except BaseException:
+        checkpointer.abandon()
+        raise
+    checkpointer.wait()
+
+
 def _resume(
-    config: Config, policy: Model, optimizer: Optimizer, prompt_source: PromptSource
-) -> tuple[int, ShapingState]:
-    """Load the newest checkpoint: (the first step to run, the state of reward shaping)."""
-    path = latest_checkpoint(config.run.dir)
+    config: Config, resume: Resume, policy: Model, optimizer: Optimizer, prompt_source: PromptSource
+) -> RunState:
+    """Load the newest whole checkpoint, with this rank's generators. The state of a new run where there is none."""
+    path = find_checkpoint(config.run.dir, verify=config.checkpoint.verify) if resume != "no" else None
     if path is None:
-        raise ValueError(f"--resume: run.dir={config.run.dir} holds no complete checkpoint; start without --resume")
+        if resume == "yes":
+            raise ValueError(f"--resume: run.dir={config.run.dir} holds no complete checkpoint; start without --resume")
+        return RunState(0, prompt_source.state_dict(), {})
     state = load_checkpoint(path, policy, optimizer)
     prompt_source.load_state_dict(state.prompts)
+    restore_rng(path, is_same_layout=state.layout == asdict(config.parallel), seed=config.run.seed, step=state.step)
     logger.info("resumed from %s", path)
-    return state.step, ShapingState.from_dict(state.shaping)
+    return state
+
+
+def _journal(config: Config, parallel: ParallelContext, resume: Resume, first_step: int) -> journal.Journal | None:
+    """This rank's, after rank 0 has deleted what no step will ask for. A collective over the whole job."""
+
+    def tidy() -> None:
+        if resume == "no":
+            journal.forget(config.run.dir)
+        elif config.rollout.record != "all":
+            journal.forget(config.run.dir, before=first_step)
+
+    on_rank_0(tidy)
+    return journal.open_journal(config, parallel)

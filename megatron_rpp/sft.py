@@ -7,6 +7,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -24,6 +25,7 @@ from megatron_rpp.model.build import build_model
 from megatron_rpp.model.save_hf import save_hf
 from megatron_rpp.parallel import bootstrap
 from megatron_rpp.parallel.context import ParallelContext
+from megatron_rpp.parallel.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 Demonstration = tuple[list[int], list[int]]  # (prompt ids, response ids with the end token)
@@ -32,14 +34,14 @@ REPORT_EVERY = 50
 
 def run(config: Config) -> None:
     """Train sft.init on sft.data and write sft.output. Every rank calls it."""
-    parallel = bootstrap.initialize(config.parallel, config.run.seed)
-    try:
-        _train(config, parallel)
-    finally:
-        bootstrap.shutdown()
+    parallel = bootstrap.initialize(config.parallel, config.run.seed, run_dir=config.run.dir)
+    watchdog = Watchdog(parallel.store, parallel.place, config.run.dir, config.watchdog)
+    with watchdog, ExitStack() as stack, watchdog.telling():
+        stack.callback(bootstrap.shutdown)
+        _train(config, parallel, watchdog)
 
 
-def _train(config: Config, parallel: ParallelContext) -> None:
+def _train(config: Config, parallel: ParallelContext, watchdog: Watchdog) -> None:
     sft = config.sft
     tokenizer = load_tokenizer(sft.init, trust_remote_code=config.model.trust_remote_code)
     demonstrations = load_demonstrations(sft.data, tokenizer, config.data, max_tokens=config.rollout.context_length)
@@ -54,7 +56,8 @@ def _train(config: Config, parallel: ParallelContext) -> None:
         batch = _to_batch(mine, tokenizer.pad_token_id, parallel.device)
         count, _ = global_counts(batch, model)
         head = SftHead(logprob_head(model, config, temperature=1.0), count)
-        sums, norm = optimizer_step(model, optimizer, batch, head, config.train.micro_batch_size)
+        with watchdog.phase("train"):
+            sums, norm = optimizer_step(model, optimizer, batch, head, config.train.micro_batch_size)
         if parallel.rank == 0 and ((step + 1) % REPORT_EVERY == 0 or step + 1 == sft.steps):
             seconds = time.monotonic() - started
             sys.stdout.write(

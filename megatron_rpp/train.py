@@ -14,37 +14,47 @@ from megatron_rpp.evaluate import evaluate
 from megatron_rpp.experience.collate import collate
 from megatron_rpp.greedy_baseline import greedy_rewards
 from megatron_rpp.parallel.collectives import from_replica_leader
-from megatron_rpp.session import Session, open_session
+from megatron_rpp.parallel.exit_codes import STOPPED
+from megatron_rpp.session import Resume, Session, open_session
 from megatron_rpp.step_metrics import step_metrics
 
 
-def run(config: Config, *, resume: bool) -> None:
-    """Train the policy of `config`, from its start or from its newest checkpoint. Every rank calls it."""
+def run(config: Config, *, resume: Resume) -> int:
+    """Train the policy of `config`, from its start or from its newest checkpoint. Every rank calls it.
+
+    Returns the exit code: 0, or STOPPED where it was asked to save and stop before its end.
+    """
     with open_session(config, resume=resume) as session:
         for step in range(session.first_step, config.run.steps):
             train_on_one_batch(session, step)
+            if session.is_asked_to_stop() and step + 1 < config.run.steps:
+                if not is_due(step, config.checkpoint.interval, config.run.steps):
+                    session.save(step + 1)
+                return STOPPED
+    return 0
 
 
 def train_on_one_batch(s: Session, step: int) -> None:
     """One turn of the loop: sample with policy version `step`, leave version `step + 1` on the servers."""
     evals = evaluate(s) if step == 0 else {}
+    s.checkpointer.poll()
     with s.timers("step"):
         prompts = s.prompt_source.next_batch()
-        with s.timers("rollout"):
+        with s.phase("rollout"):
             rollouts = s.rollout_engine.generate(prompts, s.sampling(step), s.reporter.progress)
-        with s.timers("reward"):
+        with s.phase("reward"):
             rewards = from_replica_leader(s.parallel, lambda: s.reward(rollouts))
         baselines = greedy_rewards(s, prompts)
         s.rollout_engine.release_memory()
         batch = collate(rollouts, rewards, baselines, pad_token_id=s.tokenizer.pad_token_id, device=s.parallel.device)
-        with s.timers("score"):
+        with s.phase("score"):
             batch = score(batch, s.policy, s.reference, s.config)
-        with s.timers("parity"):
+        with s.phase("parity"):
             parity = s.parity.check(step, batch, rollouts)
         batch, s.shaping, advantage_stats = add_advantages(batch, s.config, s.parallel, s.shaping)
-        with s.timers("train"):
+        with s.phase("train"):
             train_stats = train_step(s.policy, s.optimizer, batch, parity.config)
-        with s.timers("sync"):
+        with s.phase("sync"):
             s.rollout_engine.sync(policy_version=step + 1)
     if is_due(step, s.config.eval.interval, s.config.run.steps):
         evals = evals or evaluate(s)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
+from megatron_rpp.parallel.environment import speaks_for_job
 from megatron_rpp.parallel.local_launch import ERROR_PREFIX, USER_ERROR
 
 
 def user_error(error: ValueError) -> int:
     """Tell the user, once a job."""
-    if os.environ.get("RANK", "0") == "0":
+    if speaks_for_job():
         sys.stderr.write(error_line(error))
     return USER_ERROR
 

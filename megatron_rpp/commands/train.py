@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -14,9 +14,11 @@ from megatron_rpp.config.load import describe, load_config
 from megatron_rpp.config.preflight import check_host, make_folders
 from megatron_rpp.config.schema import Config
 from megatron_rpp.config.validate import template_names, validate
+from megatron_rpp.parallel.environment import JobPlace, find_rank
+from megatron_rpp.parallel.exit_codes import INTERRUPTED, STOPPED
 from megatron_rpp.parallel.local_launch import ERROR_PREFIX, launch_local
 
-INTERRUPTED = 130
+Resume = Literal["no", "yes", "auto"]  # auto: from the newest checkpoint, or from the start where there is none
 _SERVER_ERRORS = {"RolloutError", "WeightSyncError", "ParityError"}  # by name: their modules import torch
 
 
@@ -27,19 +29,26 @@ class Arguments:
     command: Literal["train", "sft"]
     files: tuple[str, ...]
     overrides: tuple[str, ...]
-    resume: bool
+    resume: Resume
 
 
 def parse(words: Sequence[str]) -> Arguments:
-    """`train` or `sft`, its files, its overrides and --resume. Raises ConfigError."""
+    """`train` or `sft`, its files, its overrides and --resume or --resume=auto. Raises ConfigError."""
     command, rest = cast(Literal["train", "sft"], words[0]), list(words[1:])
-    overrides = tuple(word for word in rest if word.startswith("-") and word != "--resume")
+    asked = [word for word in rest if word.partition("=")[0] == "--resume"]
+    overrides = tuple(word for word in rest if word.startswith("-") and word not in asked)
     files = tuple(word for word in rest if not word.startswith("-"))
     if not files:
         raise ConfigError(f"no configuration file; write: rpp {command} CONFIG.toml")
-    if command == "sft" and "--resume" in rest:
+    if command == "sft" and asked:
         raise ConfigError("--resume is for `rpp train`; `rpp sft` starts over")
-    return Arguments(command, files, overrides, "--resume" in rest)
+    return Arguments(command, files, overrides, _resume(asked[-1]) if asked else "no")
+
+
+def _resume(word: str) -> Resume:
+    if word not in ("--resume", "--resume=auto"):
+        raise ConfigError(f"{word}: write --resume to continue a run, or --resume=auto to start it where there is none")
+    return "auto" if word == "--resume=auto" else "yes"
 
 
 def run(words: Sequence[str]) -> int:
@@ -48,13 +57,14 @@ def run(words: Sequence[str]) -> int:
         return 0
     arguments = parse(words)
     config = load_config(arguments.files, arguments.overrides)
-    if "WORLD_SIZE" in os.environ:
-        return _run_rank(arguments, config, os.environ)
-    _check(arguments, config, rank=0)
-    _check_lines(config, arguments.command)  # the ranks find the same when they load them
-    make_folders(config, arguments.command)
     parallel = config.parallel
     world_size = parallel.tensor * parallel.pipeline * parallel.data
+    place = find_rank(world_size)
+    if place is not None:
+        return _run_rank(arguments, config, place)
+    _check(arguments, config, rank=0)
+    check_lines(config, arguments.command)  # the ranks find the same when they load them
+    make_folders(config, arguments.command)
     return launch_local([sys.executable, "-m", "megatron_rpp.cli", *words], world_size, config.run.dir)
 
 
@@ -65,10 +75,10 @@ def _check(arguments: Arguments, config: Config, rank: int) -> None:
 
     check_model(config, arguments.command)
     if arguments.command == "train" and rank == 0:  # the server and the metrics are rank 0's
-        check_host(config, resume=arguments.resume)
+        check_host(config, resume=arguments.resume != "no")
 
 
-def _check_lines(config: Config, command: str) -> None:
+def check_lines(config: Config, command: str) -> None:
     """Every line of every JSONL source. Raises ValueError with the number of the line."""
     from megatron_rpp.data.jsonl import check_jsonl
 
@@ -82,62 +92,77 @@ def _check_lines(config: Config, command: str) -> None:
             check_jsonl(source.path, [*keys, "answer"], limit=source.size)
 
 
-def _run_rank(arguments: Arguments, config: Config, env: Mapping[str, str]) -> int:
+def _run_rank(arguments: Arguments, config: Config, place: JobPlace) -> int:
     """One rank of the job: the user's mistake becomes one line from rank 0, ours a traceback."""
-    import traceback
+    from megatron_rpp.observability.logs import setup_logging
+    from megatron_rpp.parallel.rank_process import take_signals
 
-    from megatron_rpp.observability.logs import append_log, log_path, setup_logging, stderr_is_log
-    from megatron_rpp.parallel.rank_process import exit_on_sigterm
-
-    rank = int(env.get("RANK", "0"))
-    exit_on_sigterm()
+    take_signals(place.launcher, os.environ, saves=arguments.command == "train")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else C++ stacks of lost connections stand before the cause
     try:
-        _check_world_size(config, env)
-        _check(arguments, config, rank)
+        _check_world_size(config, place)
+        _check(arguments, config, place.rank)
         make_folders(config, arguments.command)
-        setup_logging(config.run.dir, rank)
-        _call(arguments, config)
-    except ValueError as error:
-        append_log(config.run.dir, rank, traceback.format_exc() + error_line(error))
-        return user_error(error)
+        setup_logging(config.run.dir, place.rank)
+        code = _call(arguments, config)
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
-        append_log(config.run.dir, rank, traceback.format_exc())
-        if _SERVER_ERRORS & {kind.__name__ for kind in type(error).__mro__}:  # says by itself what happened
-            if rank == 0:
-                sys.stderr.write(f"{ERROR_PREFIX}{error}\nrpp: the traceback is in {log_path(config.run.dir, rank)}\n")
-            return 1
-        if not stderr_is_log(config.run.dir, rank):
-            sys.stderr.write(traceback.format_exc())
-        return 1
-    return 0
+        return _failed(config.run.dir, place, error)
+    if code == STOPPED:
+        # srun and mpirun end the ranks that are not as quick when the first one ends with another code than 0.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
-def _check_world_size(config: Config, env: Mapping[str, str]) -> None:
-    world_size = int(env["WORLD_SIZE"])
+def _failed(run_dir: str, place: JobPlace, error: Exception) -> int:
+    """Log and report what ended this rank, tell the user, and return the exit code."""
+    import traceback
+
+    from megatron_rpp.observability.logs import append_log, log_path, stderr_is_log
+    from megatron_rpp.parallel.failures import report
+    from megatron_rpp.parallel.own_failure import failure_of
+
+    rank, trace = place.rank, "".join(traceback.format_exception(error))
+    append_log(run_dir, rank, trace + (error_line(error) if isinstance(error, ValueError) else ""))
+    report(run_dir, place.attempt, failure_of(error, rank, place.host), rank=rank, host=place.host)
+    if isinstance(error, ValueError):
+        return user_error(error)
+    if _SERVER_ERRORS & {kind.__name__ for kind in type(error).__mro__}:  # says by itself what happened
+        if rank == 0:
+            sys.stderr.write(f"{ERROR_PREFIX}{error}\nrpp: the traceback is in {log_path(run_dir, rank)}\n")
+    elif not stderr_is_log(run_dir, rank):
+        sys.stderr.write(trace)
+    return 1
+
+
+def _check_world_size(config: Config, place: JobPlace) -> None:
     tensor, pipeline, data = config.parallel.tensor, config.parallel.pipeline, config.parallel.data
-    if world_size != tensor * pipeline * data:
+    if place.world_size != tensor * pipeline * data:
         raise ConfigError(
             f"parallel.tensor={tensor} x parallel.pipeline={pipeline} x parallel.data={data} must equal "
-            f"the number of ranks in the job, {world_size}"
+            f"the number of ranks in the job, {place.world_size}"
         )
-    if int(env.get("LOCAL_WORLD_SIZE", world_size)) != world_size and config.rollout.spawns_servers:
+    if place.local_world_size != place.world_size and config.rollout.spawns_servers:
         raise ConfigError(
             "rollout.urls is not set, and the servers that rank 0 would spawn are out of reach for the job's other "
-            "hosts; start SGLang servers and pass their addresses in rollout.urls"
+            "hosts; start SGLang servers and pass their addresses in rollout.urls, or start them with `rpp serve` and "
+            "set rollout.registry=true"
         )
 
 
-def _call(arguments: Arguments, config: Config) -> None:
+def _call(arguments: Arguments, config: Config) -> int:
+    """The exit code: 0, or STOPPED."""
     if arguments.command == "train":
         from megatron_rpp.train import run as train
 
-        train(config, resume=arguments.resume)
-    else:
-        from megatron_rpp.sft import run as sft
+        return train(config, resume=arguments.resume)
+    from megatron_rpp.sft import run as sft
 
-        sft(config)
+    sft(config)
+    return 0
 
 
 def _settings(command: str) -> str:

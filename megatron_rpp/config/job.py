@@ -51,6 +51,8 @@ class SlurmConfig:
     """Nodes for servers alone, as the second part of a heterogeneous job; 0: they share the trainer's nodes."""
     checkpoint_before_end_s: int = 300
     """Seconds before the time limit at which the run is told to save and requeue; above the longest step."""
+    doctor: bool = True
+    """Check every node before each try (`rpp doctor`); a bad one is left out, and the job requeued."""
     max_tries: int = 3
     """Tries in a row that may fail without finishing a step; then the job is given up."""
     container: str = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from pathlib import Path
@@ -39,17 +40,23 @@ def check_port(config: Config) -> None:
         claim_port(rollout.port + index)
 
 
-def claim_port(wanted: int) -> int:
-    """`wanted` if it is free on 127.0.0.1, or a free port that the system chooses for 0. Raises ConfigError."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+def claim_port(wanted: int, host: str = "127.0.0.1") -> int:
+    """`wanted` if it is free on `host`, or a free port that the system chooses for 0. Raises ConfigError.
+
+    host: an address of this host.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
         # Lets a port in TIME_WAIT, left by a server that has just ended, pass; a listening one still fails.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", wanted))
+            probe.bind((host, wanted))
         except PermissionError as error:
             raise ConfigError(f"rollout.port={wanted} needs privileges; choose one above 1023") from error
         except OSError as error:
-            message = f"rollout.port={wanted} is in use on 127.0.0.1; choose another, or 0 for a free one"
+            if error.errno != errno.EADDRINUSE:
+                raise ConfigError(f"{host} must be an address of this host: {error}") from error
+            message = f"rollout.port={wanted} is in use on {host}; choose another, or 0 for a free one"
             raise ConfigError(message) from error
         return int(probe.getsockname()[1])
 

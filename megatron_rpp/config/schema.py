@@ -159,7 +159,7 @@ class RolloutConfig:
     registry: bool = False
     """Servers announce themselves in the job's store (`rpp serve`), on any host; they join and leave."""
     num_servers: int = 1
-    """Servers that the trainer spawns, each with its own tensor-parallel ranks."""
+    """Servers that the trainer spawns, each with its own tensor-parallel ranks; of a registry, those it starts with."""
     port: int = 0
     """Port of the first spawned server on loopback, the next ones follow; 0 takes free ones."""
     server_tensor: int = 1
@@ -171,7 +171,7 @@ class RolloutConfig:
     release_memory: bool = False
     """Servers share the trainer's GPUs: they give their memory back while the trainer computes."""
     startup_deadline_s: float = 300.0
-    """A spawned server must be healthy within this time."""
+    """A server must be healthy within this time; a run that has none waits max_retries + 1 times as long for one."""
     health_deadline_s: float = 60.0
     """A server without a sign of life for so long is taken for dead, and its requests go to others."""
     restart_backoff_s: float = 1.0

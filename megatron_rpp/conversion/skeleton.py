@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,12 +18,13 @@ from megatron_rpp import device
 from megatron_rpp.config.schema import Config, ModelConfig, ParallelConfig
 from megatron_rpp.conversion.pieces import Piece
 from megatron_rpp.model.build import build_empty
-from megatron_rpp.model.hf_config import HFConfig
+from megatron_rpp.model.hf_config import HFConfig, without_values
 from megatron_rpp.model.hf_mapping import family_of
 from megatron_rpp.model.hf_mapping.table import Rule
 from megatron_rpp.model.hf_mapping.transforms import Shard
 from megatron_rpp.model.shards import sharded_parameters
 from megatron_rpp.parallel import bootstrap
+from megatron_rpp.parallel.environment import find_job
 
 META = torch.device("meta")
 LOCAL_SPEC = "local"  # its sharded_state_dict has the keys of Transformer Engine's, and it builds without CUDA
@@ -103,7 +103,7 @@ def build_skeleton(hf: HFConfig) -> Skeleton:
     config = Config(model=ModelConfig(layer_spec=LOCAL_SPEC, vocab_divisor=1))
     with _alone() as parallel, device.without_memory(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron tells of every optional package that is not installed
-        (chunk,) = build_empty(_without_values(hf), config, parallel, mtp=True).chunks
+        (chunk,) = build_empty(without_values(hf), config, parallel, mtp=True).chunks
         state: dict[str, Any] = chunk.sharded_state_dict()  # type: ignore[operator]
         slots, family = [], family_of(hf)
         for item in sharded_parameters([chunk]):
@@ -115,12 +115,6 @@ def build_skeleton(hf: HFConfig) -> Skeleton:
     return Skeleton(hf, slots, _object_keys(state))
 
 
-def _without_values(hf: HFConfig) -> HFConfig:
-    """`hf` less what has no weights and is computed as the model is built, which meta tensors cannot."""
-    sliding = replace(hf.sliding_rope, scaling=None) if hf.sliding_rope else None
-    return replace(hf, rope=replace(hf.rope, scaling=None), sliding_rope=sliding, embedding_scale=1.0)
-
-
 def _object_keys(state: dict[str, ShardedObject]) -> list[str]:
     keys = [value.unique_key for value in state.values()]
     return keys + [key.replace(*_TE_OBJECT) for key in keys if _TE_OBJECT[0] in key]
@@ -128,7 +122,8 @@ def _object_keys(state: dict[str, ShardedObject]) -> list[str]:
 
 @contextmanager
 def _alone() -> Iterator[Any]:
-    if int(os.environ.get("WORLD_SIZE", "1")) != 1:
+    place = find_job()
+    if place is not None and place.world_size != 1:
         raise ValueError("conversion runs as one process; start it without torchrun, mpirun or several srun tasks")
     try:
         yield bootstrap.initialize(ParallelConfig(), seed=0)

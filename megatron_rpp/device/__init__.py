@@ -6,7 +6,6 @@ Packages that import megatron import this one first, in their __init__.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,11 +22,25 @@ def has_cuda() -> bool:
     return _instead is None and torch.cuda.is_available() and not getattr(torch.cuda, "_rpp_cpu", False)
 
 
-def select() -> torch.device:
-    """Select and return this rank's device, by LOCAL_RANK on a GPU host."""
+def select(local_rank: int = 0) -> torch.device:
+    """Select and return this rank's device: of the GPUs that it sees, the only one or that of its place on the host.
+
+    ValueError where there are fewer.
+    """
     if has_cuda():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        count = torch.cuda.device_count()
+        if local_rank >= count > 1:
+            raise ValueError(
+                f"{count} GPUs are visible to local rank {local_rank}; start as many ranks on a host as it has GPUs, "
+                "or give each its own (srun --gpus-per-task=1)"
+            )
+        torch.cuda.set_device(local_rank if count > 1 else 0)  # srun may show each task its own GPU alone
     return current()
+
+
+def identity() -> str | None:
+    """Names this rank's GPU among those of its host; None on CPU."""
+    return str(torch.cuda.get_device_properties(current()).uuid) if has_cuda() else None
 
 
 def backend() -> str:
@@ -62,6 +75,17 @@ def dtype(name: str) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """The name that config files and headers give a torch dtype: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def rng_state() -> torch.Tensor | None:
+    """State of this rank's device generator; None on CPU, whose generator is torch's own."""
+    return torch.cuda.get_rng_state() if has_cuda() else None
+
+
+def set_rng_state(state: torch.Tensor | None) -> None:
+    """Undo `rng_state`; nothing where either side has no device generator."""
+    if state is not None and has_cuda():
+        torch.cuda.set_rng_state(state)
 
 
 if not has_cuda():

@@ -93,6 +93,12 @@ class HFConfig:
     mtp_copies: tuple[str, ...] = ("embed_tokens.weight", "shared_head.head.weight")  # main tensors that they repeat
 
 
+def without_values(hf: HFConfig) -> HFConfig:
+    """`hf` less what has no weights and is computed as the model is built, which meta tensors cannot."""
+    sliding = replace(hf.sliding_rope, scaling=None) if hf.sliding_rope else None
+    return replace(hf, rope=replace(hf.rope, scaling=None), sliding_rope=sliding, embedding_scale=1.0)
+
+
 class RawConfig:
     """A config.json as transformers 4 or 5 wrote it; every complaint names the directory and the key."""
 

@@ -1,48 +1,61 @@
-"""From a launcher's environment to process groups: torchrun's variables, or our local launcher's."""
+"""From a launcher's environment to process groups."""
 
 from __future__ import annotations
 
-import os
+from dataclasses import replace
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from megatron_rpp import device
 from megatron_rpp.config.schema import ParallelConfig
+from megatron_rpp.parallel import rendezvous
 from megatron_rpp.parallel.context import ParallelContext
+from megatron_rpp.parallel.environment import JobPlace, find_job, single_place
+from megatron_rpp.parallel.exchange import Exchange
+from megatron_rpp.parallel.interfaces import choose_interfaces
+from megatron_rpp.parallel.roll_call import Presence, check_presence
 
+START_TIMEOUT = timedelta(minutes=10)
+"""For all ranks to be there, from when one is."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
-def initialize(config: ParallelConfig, seed: int, longest_wait_s: float = 0.0) -> ParallelContext:
+def initialize(
+    config: ParallelConfig, seed: int, longest_wait_s: float = 0.0, run_dir: str | None = None
+) -> ParallelContext:
     """Join the job, build Megatron's process groups and seed its generators.
 
-    Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; the local launcher also passes its listening
-    socket in RPP_MASTER_LISTEN_FD, so that no other process can take the port first. The ranks may wait
-    `longest_wait_s` for one of them (that samples, say) and a while longer before a collective gives up.
+    The launcher is found by its variables (environment.py); ranks that srun started meet in `run_dir`. The ranks may
+    wait `longest_wait_s` for one of them (that samples, say) and a while longer before a collective gives up. Raises
+    ConfigError where the environment contradicts itself, on every rank that can know.
     """
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    assert world_size == config.tensor * config.pipeline * config.data, "cli checks it for the user"
+    place = find_job() or single_place()
+    world_size = config.tensor * config.pipeline * config.data
+    assert place.world_size == world_size, "cli checks it for the user"
+    device.select(place.local_rank)
+    store = rendezvous.open_store(place, run_dir, START_TIMEOUT)
+    place = _meet(place, store)
     timeout = COLLECTIVE_TIMEOUT + timedelta(seconds=longest_wait_s)
-    device.select()
-    store = _store(rank, world_size)
-    dist.init_process_group(device.backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
-    return _megatron_groups(config, seed, store)
+    store.set_timeout(timeout)
+    dist.init_process_group(device.backend(), store=store, rank=place.rank, world_size=world_size, timeout=timeout)
+    return megatron_groups(config, seed, store, place)
 
 
-def _store(rank: int, world_size: int) -> dist.TCPStore:
-    listen_fd = os.environ.get("RPP_MASTER_LISTEN_FD") if rank == 0 else None
-    return dist.TCPStore(
-        os.environ.get("MASTER_ADDR", "127.0.0.1"),
-        int(os.environ.get("MASTER_PORT", "0")),
-        world_size,
-        is_master=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        master_listen_fd=int(listen_fd) if listen_fd else None,
-        timeout=COLLECTIVE_TIMEOUT,
+def _meet(place: JobPlace, store: dist.Store) -> JobPlace:
+    """Wait for all ranks, compare what they were told, choose the interface. Returns `place` with its final name."""
+    presence = Presence(place, device.identity())
+    everyone = Exchange(store, place.rank, place.world_size, "bootstrap").gather(
+        "start", presence, START_TIMEOUT.total_seconds()
     )
+    check_presence(everyone)
+    here = rendezvous.rendezvous_of(store)
+    choose_interfaces(here.address)
+    return replace(place, attempt=here.attempt)
 
 
-def _megatron_groups(config: ParallelConfig, seed: int, store: dist.Store) -> ParallelContext:
+def megatron_groups(config: ParallelConfig, seed: int, store: dist.Store, place: JobPlace) -> ParallelContext:
+    """Megatron's process groups over those of torch, and its seeded generators."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -65,6 +78,7 @@ def _megatron_groups(config: ParallelConfig, seed: int, store: dist.Store) -> Pa
         vpp_size=config.virtual_pipeline,
         device=device.current(),
         store=store,
+        place=place,
     )
 
 
@@ -75,3 +89,4 @@ def shutdown() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    rendezvous.withdraw()

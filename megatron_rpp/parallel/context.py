@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from megatron_rpp.parallel.environment import JobPlace
+
 
 @dataclass(frozen=True)
 class ParallelContext:
@@ -27,6 +29,7 @@ class ParallelContext:
     vpp_size: int
     device: torch.device
     store: dist.Store  # the job's; for what must not wait in a collective (parallel/exchange.py)
+    place: JobPlace
 
     @property
     def rank(self) -> int:

@@ -18,10 +18,11 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_rpp.observability.logs import log_path, tail
+from megatron_rpp.parallel import failures
+from megatron_rpp.parallel.exit_codes import STOPPED, USER_ERROR
+from megatron_rpp.parallel.failures import LINES_SHOWN, Failure
 from megatron_rpp.parallel.rank_process import GRACE_S, spawn_rank
 
-USER_ERROR = 2
-"""Exit code of a rank that has told the user what to change."""
 ERROR_PREFIX = "rpp: error: "
 """How the one line begins that a user's mistake ends with."""
 
@@ -29,16 +30,16 @@ POLL_S = 0.05
 SETTLE_S = 1.0
 TELL_S = 10.0  # a user's error is mostly every rank's; on a busy machine rank 0, which tells it, may end late
 """Once a rank has failed, another may be about to tell the user why; it has this long."""
-LINES_SHOWN = 20
 INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-FORWARDED = (signal.SIGINT, signal.SIGTERM)
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def launch_local(argv: Sequence[str], world_size: int, run_dir: str | Path) -> int:
     """Run `argv` once a rank with torchrun's variables, and return the job's exit code.
 
     Rank 0 has the terminal; the others write to RUN_DIR/logs/rank-N.txt. When a rank fails the others
-    are ended; the code is 2 where any rank ended with 2, else that of the first that failed.
+    are ended; the code is 2 where any rank ended with 2, else that of the first that failed. It is STOPPED
+    where all ended well, having saved at a safe point.
     """
     log_path(run_dir, 0).parent.mkdir(parents=True, exist_ok=True)
     job = _Job(Path(run_dir))
@@ -55,6 +56,7 @@ def launch_local(argv: Sequence[str], world_size: int, run_dir: str | Path) -> i
 @dataclass
 class _Job:
     run_dir: Path
+    attempt: str = ""
     ranks: list[subprocess.Popen[bytes]] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)  # signals that came while ranks were being started
 
@@ -69,13 +71,16 @@ class _Job:
         return any(rank.poll() is None for rank in self.ranks)
 
     def failed(self) -> list[int]:
-        return [n for n, rank in enumerate(self.ranks) if rank.poll() not in (None, 0)]
+        return [n for n, rank in enumerate(self.ranks) if rank.poll() not in (None, 0, STOPPED)]
 
 
 def _start(job: _Job, argv: Sequence[str], world_size: int) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=2 * world_size + 8) as listener:
+        name = f"local.{time.strftime('%Y%m%d-%H%M%S')}.{os.getpid()}.{listener.getsockname()[1]}"
+        base = {**os.environ, "RPP_LOCAL_JOB": name}
+        job.attempt = base.get("RPP_ATTEMPT") or name
         for rank in range(world_size):
-            env = _rank_env(os.environ, rank, world_size, listener)
+            env = _rank_env(base, rank, world_size, listener)
             log = log_path(job.run_dir, rank) if rank else None
             job.ranks.append(spawn_rank(argv, env, log, listener if rank == 0 else None))
 
@@ -97,7 +102,9 @@ def _wait(job: _Job) -> int:
         if job.failed():
             return _fail(job)
         time.sleep(POLL_S)
-    return _fail(job) if job.failed() else 0
+    if job.failed():
+        return _fail(job)
+    return STOPPED if any(rank.returncode == STOPPED for rank in job.ranks) else 0
 
 
 def _fail(job: _Job) -> int:
@@ -107,6 +114,7 @@ def _fail(job: _Job) -> int:
     if _code(job.ranks[first]) == USER_ERROR:
         _wait_until(lambda: job.ranks[0].poll() is not None, TELL_S)
     told = [n for n in job.failed() if _code(job.ranks[n]) == USER_ERROR]
+    _report_killed(job)
     _end(job)
     if told:
         if 0 not in told:
@@ -122,8 +130,24 @@ def _told_line(job: _Job, rank: int) -> str:
     return lines[-1] if lines else f"{ERROR_PREFIX}rank {rank} refused; see {log_path(job.run_dir, rank)}"
 
 
+def _report_killed(job: _Job) -> None:
+    """Ranks that were ended by a signal, not by this launcher, had no time to report it themselves."""
+    host = socket.gethostname()
+    for n in job.failed():
+        code = job.ranks[n].returncode
+        if code < 0 and _code(job.ranks[n]) not in INTERRUPTED:
+            failure = Failure(n, host, "lost", f"was ended by {signal.Signals(-code).name}", (), time.time())
+            failures.report(job.run_dir, job.attempt, failure, rank=n, host=host)
+
+
 def _show_failure(job: _Job, rank: int) -> None:
+    """The first cause that the ranks have reported; else how `rank`, the first that was seen to fail, has ended."""
     code = job.ranks[rank].returncode
+    found = failures.causes(job.run_dir, job.attempt)
+    if found and (found[0].kind == "error" or code > 0) and found[0].kind != "signal":
+        lines = failures.lines(job.run_dir, found[0])
+        _show(lines if found[0].rank else lines[:1])  # rank 0 has the terminal
+        return
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     _show([f"rpp: rank {rank} {how}"])
     if rank and _code(job.ranks[rank]) not in INTERRUPTED:

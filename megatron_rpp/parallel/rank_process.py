@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -14,17 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-PR_SET_PDEATHSIG = 1
+from megatron_rpp.parallel import stop_request
+from megatron_rpp.parallel.die_with_parent import signal_at_parents_death
+from megatron_rpp.parallel.stop_request import held_for_child
+
 GRACE_S = 10.0
 """Between SIGTERM and the end of a rank that does not heed it."""
 
 
 def die_with_parent(parent: int) -> Callable[[], None]:
     """For `preexec_fn`: the child gets SIGTERM when its parent ends, however that ends."""
-    libc = ctypes.CDLL(None, use_errno=True)
 
     def request() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        signal_at_parents_death(signal.SIGTERM)
         if os.getppid() != parent:  # the parent ended before the request
             os._exit(128 + signal.SIGTERM)
 
@@ -40,18 +41,32 @@ def spawn_rank(
     """
     out = log.open("ab") if log else None
     try:
-        return subprocess.Popen(
-            argv,
-            env=dict(env),
-            stdout=out,
-            stderr=subprocess.STDOUT if out else None,
-            pass_fds=(listener.fileno(),) if listener else (),
-            start_new_session=True,
-            preexec_fn=die_with_parent(os.getpid()),
-        )
+        with held_for_child():  # until the rank can take the signal
+            return subprocess.Popen(
+                argv,
+                env=dict(env),
+                stdout=out,
+                stderr=subprocess.STDOUT if out else None,
+                pass_fds=(listener.fileno(),) if listener else (),
+                start_new_session=True,
+                preexec_fn=die_with_parent(os.getpid()),
+            )
     finally:
         if out:
             out.close()
+
+
+def take_signals(launcher: str, env: Mapping[str, str], *, saves: bool) -> None:
+    """What a rank does on signals, and when its launcher dies; for its main thread, before anything else.
+
+    launcher: as in JobPlace. saves: it heeds stop_request.
+    """
+    stop_request.listen(env)
+    if not (saves and stop_request.sigterm_asks_to_stop(env)):
+        exit_on_sigterm()
+    # Our own launcher has asked for it already; a rank that was started by hand may outlive its shell.
+    if launcher in ("slurm", "mpi") or "TORCHELASTIC_RUN_ID" in env:
+        signal_at_parents_death(signal.SIGKILL)
 
 
 def exit_on_sigterm(grace_s: float = GRACE_S) -> None:

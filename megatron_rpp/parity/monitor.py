@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_rpp.config.schema import Config, ParityConfig
@@ -37,6 +37,15 @@ class ParityMonitor:
         self._parts = parts
         self._known = Level.FINE  # the level whose cause was looked for last
         self._known_since = 0  # and the step
+
+    def state_dict(self) -> dict[str, int]:
+        """What `load_state_dict` needs to look for causes at the same steps as if the run had not stopped."""
+        return {"known": int(self._known), "since": self._known_since}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from `state`; from nothing where it is empty."""
+        if state:
+            self._known, self._known_since = Level(state["known"]), state["since"]
 
     def check(self, step: int, batch: ExperienceBatch, rollouts: Sequence[Rollout]) -> Parity:
         """Compare, and above a threshold find the cause and act on it. A collective over the whole job.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -117,12 +118,17 @@ def _start() -> subprocess.Popen[bytes]:
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
     # One BLAS thread: each thread reserves address space, which the worker's memory limit counts.
     environment: dict[str, Any] = {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "megatron_rpp.reward.worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, **environment},
-    )
+    # SLURM signals every process of a step; SIGUSR1 asks the ranks to save, and would end a worker.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "megatron_rpp.reward.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **environment},
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def unique(items: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

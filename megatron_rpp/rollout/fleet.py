@@ -1,27 +1,28 @@
-"""The SGLang servers of a run: some attached by URL, or some spawned beside the trainer."""
+"""The SGLang servers of a run: attached by URL, announced in the job's store, or spawned beside the trainer."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-from megatron_rpp import device
 from megatron_rpp.config.schema import Config
 from megatron_rpp.experience.types import UNSYNCED
-from megatron_rpp.rollout.in_server.delta_loader import LOADER
 from megatron_rpp.rollout.members import AttachedMember, Member, SpawnedMember
 from megatron_rpp.rollout.probe import at_once
 from megatron_rpp.rollout.protocol import RolloutError
-from megatron_rpp.rollout.server_command import server_dtype
-from megatron_rpp.rollout.sglang_server import SGLangServer
+from megatron_rpp.rollout.registry import Registry
+from megatron_rpp.rollout.run_server import run_server
 from megatron_rpp.rollout.urls_file import UrlsFile
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.2
+_NO_OTHER = {
+    False: "rollout.urls_file names no other",
+    True: "no other has announced itself; start it with `rpp serve` and the same run.dir",
+}
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,18 @@ class ServerFleet:
     No method may be called while generation is paused: a paused server does not answer its health check.
     """
 
-    def __init__(self, config: Config) -> None:
-        """Starts the spawned servers. Raises ConfigError for a port in use, a wrong urls_file, or float8 on CPU."""
+    def __init__(self, config: Config, registry: Registry | None = None) -> None:
+        """Starts the spawned servers. Raises ConfigError for a port in use, a wrong urls_file, or float8 on CPU.
+
+        registry: where servers announce themselves, with rollout.registry.
+        """
         self._rollout = rollout = config.rollout
+        assert (registry is not None) == rollout.registry
+        self._registry = registry
         self._urls_file = UrlsFile(rollout.urls_file) if rollout.urls_file else None
         self._members: list[Member] = [AttachedMember(url.rstrip("/"), rollout) for url in rollout.urls]
         if rollout.spawns_servers:
-            spawned = [SpawnedMember(_server(config, index), rollout) for index in range(rollout.num_servers)]
+            spawned = [_spawned(config, index) for index in range(rollout.num_servers)]
             self._members = [*spawned]
             try:
                 for member in spawned:  # they load while the trainer builds its models
@@ -63,19 +69,23 @@ class ServerFleet:
     def wait_ready(self, at_least: int | None = None) -> None:
         """Wait until `at_least` servers are healthy; None: all of them.
 
-        Raises RolloutError past rollout.startup_deadline_s, or where too many starts have failed; with the log's end.
+        Of servers that announce themselves, all are rollout.num_servers; past rollout.startup_deadline_s it goes on
+        with any. Raises RolloutError past it, or where too many starts have failed; with the log's end.
         """
         end = time.monotonic() + self._rollout.startup_deadline_s
         failed: dict[Member, str] = {}
         while True:
             failed |= self._look(suspects=())
-            wanted = max(len(self._members), 1) if at_least is None else at_least
+            wanted = self._wanted() if at_least is None else at_least
             if len(self._serving()) >= wanted:
                 return
             if failed and len(self._members) - len(failed) < wanted:
                 raise RolloutError("\n".join(failed.values()))
             if time.monotonic() > end:
-                raise RolloutError(self._not_ready(wanted))
+                if self._registry is None or not self._serving():
+                    raise RolloutError(self._not_ready(wanted))
+                logger.warning("%s; the run goes on with those", self._not_ready(wanted))
+                return
             time.sleep(_POLL_S)
 
     def refresh(self, suspects: Collection[str] = ()) -> tuple[Server, ...]:
@@ -116,7 +126,9 @@ class ServerFleet:
     def _look(self, suspects: Collection[str]) -> dict[Member, str]:
         """Ask all at once, then act on each answer; the starts that failed."""
         if self._urls_file is not None:
-            self._follow(self._urls_file.urls())
+            self._follow((url, 0) for url in self._urls_file.urls())
+        if self._registry is not None:
+            self._follow((entry.url, entry.slot) for entry in self._registry.entries())
         seen = at_once(lambda member: member.look(is_suspect=member.url in suspects), self._members)
         failed = {}
         for member, answer in zip(self._members, seen, strict=True):
@@ -128,33 +140,27 @@ class ServerFleet:
                 failed[member] = str(error)
         return failed
 
-    def _follow(self, urls: Collection[str]) -> None:
-        """Attached to exactly `urls`; those known already stay as they are."""
-        known = {member.url: member for member in self._members}
-        for url in known.keys() - set(urls):
-            logger.info("rollout.urls_file names %s no more", url)
-        self._members = [known.get(url) or AttachedMember(url, self._rollout) for url in urls]
+    def _follow(self, servers: Iterable[tuple[str, int]]) -> None:
+        """Attached to exactly `servers`, pairs of URL and incarnation; those known already stay as they are."""
+        known = {member.identity: member for member in self._members}
+        wanted = list(dict.fromkeys(servers))
+        for url, _ in known.keys() - set(wanted):
+            logger.info("the SGLang server at %s has left", url)
+        self._members = [known.get(each) or AttachedMember(each[0], self._rollout, each[1]) for each in wanted]
+
+    def _wanted(self) -> int:
+        return self._rollout.num_servers if self._registry is not None else max(len(self._members), 1)
 
     def _not_ready(self, wanted: int) -> str:
         troubles = [f"{m.url}: {m.trouble}" for m in self._members if m.info is None]
         return (
             f"{len(self._serving())} of {wanted} SGLang servers were healthy after rollout.startup_deadline_s="
-            f"{self._rollout.startup_deadline_s:g} s; " + ("; ".join(troubles) or "rollout.urls_file names no other")
+            f"{self._rollout.startup_deadline_s:g} s; " + ("; ".join(troubles) or _NO_OTHER[self._registry is not None])
         )
 
 
-def _server(config: Config, index: int) -> SGLangServer:
-    """The spawned server `index`, not started."""
+def _spawned(config: Config, index: int) -> SpawnedMember:
+    """The server `index` beside the trainer, not started."""
     rollout = config.rollout
     name = "sglang.txt" if rollout.num_servers == 1 else f"sglang-{index}.txt"
-    return SGLangServer(
-        model_path=config.model.path,
-        rollout=rollout,
-        dtype=server_dtype(config),
-        log_path=Path(config.run.dir) / "logs" / name,
-        device=device.current().type,
-        trust_remote_code=config.model.trust_remote_code,
-        base_gpu=index * rollout.server_tensor,
-        weight_loader=LOADER if "delta" in config.weight_sync.transports else None,
-        port=rollout.port and rollout.port + index,
-    )
+    return SpawnedMember(run_server(config, index, name, base_gpu=index * rollout.server_tensor), rollout)

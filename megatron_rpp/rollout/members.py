@@ -34,6 +34,11 @@ class Member(ABC):
     def url(self) -> str:
         """Base URL, without a slash at its end."""
 
+    @property
+    def identity(self) -> tuple[str, int]:
+        """(URL, incarnation): a server that others start again at its URL is another member."""
+        return self.url, 0
+
     @abstractmethod
     def drop(self, reason: str) -> None:
         """Serve no more."""
@@ -62,13 +67,18 @@ class Member(ABC):
 class AttachedMember(Member):
     """A server that somebody else runs: left out while it is not healthy."""
 
-    def __init__(self, url: str, rollout: RolloutConfig) -> None:
+    def __init__(self, url: str, rollout: RolloutConfig, incarnation: int = 0) -> None:
+        """incarnation: differs from one process at `url` to the next, where somebody tells them apart; else 0."""
         super().__init__(rollout)
-        self._url = url
+        self._url, self._incarnation = url, incarnation
 
     @property
     def url(self) -> str:
         return self._url
+
+    @property
+    def identity(self) -> tuple[str, int]:
+        return self._url, self._incarnation
 
     def look(self, *, is_suspect: bool) -> ServerInfo | str:
         """As Member's; and one that is not well is told to sample again."""
@@ -109,6 +119,15 @@ class SpawnedMember(Member):
 
     def stop(self) -> None:
         self._server.stop()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its process runs."""
+        return self._server.is_alive()
+
+    def forget_failures(self) -> None:
+        """It has proven itself: should it die, it is started again as soon as the first time."""
+        self._backoff.reset()
 
     def look(self, *, is_suspect: bool) -> ServerInfo | str:
         if not self._server.is_alive():

@@ -12,12 +12,17 @@ from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.schema import Config, RolloutConfig
 from megatron_rpp.device import sglang_cpu
 from megatron_rpp.model.hf_io import fp8_blocks
+from megatron_rpp.parallel.interfaces import choose_interfaces
 
 HOST = "127.0.0.1"
 
-# Set for the trainer's ranks by torchrun or srun: torch.distributed in the server would join their job.
+# Set by torchrun, mpirun or srun for the process that starts the server: torch.distributed in there would join
+# that job, and what asks for its rank by SLURM's or MPI's variables would get a wrong one.
 _TRAINER_ONLY = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-_TRAINER_ONLY_PREFIXES = ("TORCHELASTIC_", "MASTER_", "ROLE_", "PMI_", "PMIX_", "OMPI_", "MPI_")
+_TRAINER_ONLY_PREFIXES = (
+    *("TORCHELASTIC_", "MASTER_", "ROLE_", "RPP_"),
+    *("SLURM_", "PMI_", "PMI2_", "PMIX_", "OMPI_", "MPI_", "HYDI_"),
+)
 
 _CPU_FLAGS = (
     *("--attention-backend", "torch_native"),
@@ -43,6 +48,7 @@ def server_command(
     device: str,
     port: int,
     *,
+    host: str = HOST,
     trust_remote_code: bool = False,
     base_gpu: int = 0,
     weight_loader: str | None = None,
@@ -51,7 +57,7 @@ def server_command(
     command = [
         *(sys.executable, "-m", "sglang.launch_server"),
         *("--model-path", model_path),
-        *("--host", HOST, "--port", str(port)),
+        *("--host", host, "--port", str(port)),
         *("--device", device),
         *_weight_flags(model_path, dtype, device),
         *("--tp-size", str(rollout.server_tensor)),
@@ -88,8 +94,13 @@ def _weight_flags(model_path: str, dtype: str, device: str) -> list[str]:
     return ["--dtype", dtype]
 
 
-def server_environment(base: Mapping[str, str], rollout: RolloutConfig, device: str) -> dict[str, str]:
-    """The trainer's environment `base` without its rank; on CPU with the stand-ins and one thread a rank."""
+def server_environment(
+    base: Mapping[str, str], rollout: RolloutConfig, device: str, host: str = HOST
+) -> dict[str, str]:
+    """The environment `base` without the rank in it; on CPU with the stand-ins and one thread a rank.
+
+    host: the address that the server listens on; trainers on other hosts reach its weight-update groups there, too.
+    """
     env = {
         name: value
         for name, value in base.items()
@@ -97,6 +108,7 @@ def server_environment(base: Mapping[str, str], rollout: RolloutConfig, device: 
     }
     env["PYTHONUNBUFFERED"] = "1"  # the log's last lines matter when the server dies
     env.setdefault("HF_HUB_OFFLINE", "1")  # the model is a local directory
+    choose_interfaces(host, env)
     if device == "cpu":
         env |= _cpu_environment(env.get("PYTHONPATH", ""), rollout.server_tensor)
     return env

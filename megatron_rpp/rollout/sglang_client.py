@@ -19,6 +19,7 @@ from megatron_rpp.rollout.server_pool import ServerLost, ServerPool
 _FIRST_BACKOFF_S = 0.25
 _MAX_BACKOFF_S = 8.0
 Samples = list[dict[str, Any]]
+PromptCallback = Callable[[int, list[Rollout]], None]  # (position of the prompt in `prompts`, its rollouts)
 
 
 class SGLangClient:
@@ -30,6 +31,11 @@ class SGLangClient:
         self.suspects: set[str] = set()  # URLs that the last `generate` doubts: dead, silent, of another version
         self._rollout, self._decode = rollout, decode
 
+    @property
+    def context_length(self) -> int:
+        """Longest prompt plus response, in tokens."""
+        return self._rollout.context_length
+
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -37,11 +43,12 @@ class SGLangClient:
         progress: ProgressCallback | None = None,
         *,
         group_ids: Sequence[int] | None = None,
+        on_prompt: PromptCallback | None = None,
     ) -> list[Rollout]:
         """Rollouts prompt by prompt, `num_samples_per_prompt` in a row.
 
         `group_ids` are the prompts' positions in the global batch, from which their samples' seeds derive;
-        None: `prompts` is the global batch.
+        None: `prompts` is the global batch. `on_prompt` gets each prompt's rollouts as soon as they are complete.
 
         Raises RolloutError when a server refuses a request, when retries did not help, when no server is
         left, or past rollout.request_deadline_s; ValueError for a prompt that fills rollout.context_length.
@@ -51,29 +58,38 @@ class SGLangClient:
             raise RolloutError("no SGLang server to sample from: SGLangClient.urls is empty")
         group_ids = range(len(prompts)) if group_ids is None else group_ids
         payloads = generate_payloads(prompts, group_ids, sampling, self._rollout.context_length)
-        replies = asyncio.run(self._send_all(payloads, group_ids, progress))
-        return [
-            to_rollout(prompt, group_id, sample, self._decode, sampling.stop_token_ids)
-            for prompt, group_id, samples in zip(prompts, group_ids, replies, strict=True)
-            for sample in samples
-        ]
+
+        def complete(index: int, samples: Samples) -> list[Rollout]:
+            prompt, stop_ids = prompts[index], sampling.stop_token_ids
+            rollouts = [to_rollout(prompt, group_ids[index], sample, self._decode, stop_ids) for sample in samples]
+            if on_prompt is not None:
+                on_prompt(index, rollouts)
+            return rollouts
+
+        results = asyncio.run(self._send_all(payloads, group_ids, complete, progress))
+        return [rollout for rollouts in results for rollout in rollouts]
 
     async def _send_all(
-        self, payloads: Sequence[dict[str, Any]], turns: Sequence[int], progress: ProgressCallback | None
-    ) -> list[Samples]:
+        self,
+        payloads: Sequence[dict[str, Any]],
+        turns: Sequence[int],
+        complete: Callable[[int, Samples], list[Rollout]],
+        progress: ProgressCallback | None,
+    ) -> list[list[Rollout]]:
         asked, done = sum(len(payload["input_ids"]) for payload in payloads), 0
         free = asyncio.Semaphore(self._rollout.max_concurrent_requests)
         async with _open_session() as session:
             pool = ServerPool(self.urls, self._rollout.health_deadline_s, session)
 
-            async def one(index: int) -> Samples:
+            async def one(index: int) -> list[Rollout]:
                 nonlocal done
                 async with free:
                     samples = await self._send(pool, session, payloads[index], turns[index])
+                rollouts = complete(index, samples)
                 done += len(samples)
                 if progress is not None:
                     progress(done, asked)
-                return samples
+                return rollouts
 
             try:
                 async with (

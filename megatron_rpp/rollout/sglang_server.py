@@ -1,4 +1,4 @@
-"""One SGLang server process on loopback: spawn, wait, stop. It does not outlive the trainer.
+"""One SGLang server process on this host: spawn, wait, stop. It does not outlive its parent.
 
 The kernel kills the server when the *thread* that called `start()` ends, so call it from a thread
 that lives as long as the server is wanted (the main thread).
@@ -19,7 +19,9 @@ import psutil
 
 from megatron_rpp.config.preflight import claim_port
 from megatron_rpp.config.schema import RolloutConfig
-from megatron_rpp.rollout import die_with_parent
+from megatron_rpp.parallel import die_with_parent
+from megatron_rpp.parallel.stop_request import held_for_child
+from megatron_rpp.rollout.addresses import base_url
 from megatron_rpp.rollout.probe import examine
 from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.rollout.server_command import HOST, server_command, server_environment
@@ -43,6 +45,7 @@ class SGLangServer:
         *,
         dtype: str,
         log_path: Path,
+        host: str = HOST,  # the address of this host that it listens on
         device: str = "cpu",
         trust_remote_code: bool = False,
         base_gpu: int = 0,  # its ranks take this GPU and the next ones
@@ -50,7 +53,7 @@ class SGLangServer:
         port: int | None = None,  # None: rollout.port; 0: a free one
         command: Callable[[int], list[str]] | None = None,  # of a port; tests put a small program here
     ) -> None:
-        self._rollout, self._device, self._log_path = rollout, device, log_path
+        self._rollout, self._device, self._log_path, self._host = rollout, device, log_path, host
         self._wanted_port = rollout.port if port is None else port
         self._command = command or (
             lambda p: server_command(
@@ -59,6 +62,7 @@ class SGLangServer:
                 dtype,
                 device,
                 p,
+                host=host,
                 trust_remote_code=trust_remote_code,
                 base_gpu=base_gpu,
                 weight_loader=weight_loader,
@@ -73,7 +77,7 @@ class SGLangServer:
     @property
     def url(self) -> str:
         """Base URL; known after `start()`, and changed by a restart if the port was 0."""
-        return f"http://{HOST}:{self._port}"
+        return base_url(self._host, self._port)
 
     @property
     def pid(self) -> int | None:
@@ -89,6 +93,10 @@ class SGLangServer:
         if self._process is None or self._process.poll() is None:
             return None
         return f"its process has ended ({_describe_exit(self._process.returncode)}); its log is {self._log_path}"
+
+    def check(self) -> None:
+        """Raises ConfigError for settings that it cannot be started with."""
+        self._command(0)
 
     def start(self) -> None:
         """Spawn; returns at once. Raises ConfigError if the requested port is in use."""
@@ -139,9 +147,9 @@ class SGLangServer:
     def _spawn(self) -> None:
         """On a free port, as the leader of a new process group, with its output in the log."""
         self._starts += 1
-        self._port = claim_port(self._wanted_port)
+        self._port = claim_port(self._wanted_port, self._host)
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
-        with self._log_path.open("ab") as log:
+        with self._log_path.open("ab") as log, held_for_child():
             self._log_start = log.seek(0, os.SEEK_END)
             self._process = subprocess.Popen(
                 [
@@ -151,7 +159,7 @@ class SGLangServer:
                     str(os.getpid()),
                     *self._command(self._port),
                 ],
-                env=server_environment(os.environ, self._rollout, self._device),
+                env=server_environment(os.environ, self._rollout, self._device, self._host),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

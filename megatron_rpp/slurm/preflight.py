@@ -29,6 +29,7 @@ def examine(words: Sequence[str], run_dir: Path) -> Checkup:
         return Checkup(has_passed=True)
     bad_nodes: tuple[str, ...] = ()
     if report.is_file():
-        bad_nodes = tuple(json.loads(report.read_text())["bad_nodes"])
+        found = json.loads(report.read_text())
+        bad_nodes = tuple(found["bad_nodes"]) if found["only_nodes_fail"] else ()
     names = f" on {', '.join(bad_nodes)}" if bad_nodes else ""
     return Checkup(False, bad_nodes, f"rpp doctor found what would stop the run{names}; see {report}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from dataclasses import dataclass
 from megatron_rpp.config.schema import Config, SlurmConfig
 from megatron_rpp.slurm.allocation import Allocation, ranks_per_node
 
-_REGISTRY = "--rollout.registry=true"
+REGISTRY = "--rollout.registry=true"
+"""The job's servers are those of its own step."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,18 @@ class Steps:
         ]
 
     def train(self) -> list[str]:
-        """One task a rank; one that fails ends the step."""
+        """One task a rank. Where one fails the others' watchdogs end them, and say which it was; `--wait` sees to it.
+
+        (`--kill-on-bad-exit=1` would end them before they can tell.)
+        """
         nodes = self.allocation.trainer_nodes
         group = 0 if self.allocation.is_split else None
-        options = ["--kill-on-bad-exit=1"]
+        limit_s = math.ceil(max(60.0, 4 * self.config.watchdog.heartbeat_deadline_s))
+        options = ["--kill-on-bad-exit=0", f"--wait={limit_s}"]
         srun = self._srun("train", nodes, ranks_per_node(self.config, len(nodes)), group, options)
-        return [*srun, *self._rpp("train", *self.words, "--resume=auto", _REGISTRY)]
+        servers = len(self.allocation.rollout_nodes) * self.config.slurm.servers_per_node
+        words = [*self.words, "--resume=auto", REGISTRY, f"--rollout.num_servers={servers}"]
+        return [*srun, *self._rpp("train", *words)]
 
     def guard(self, host: str, port: int) -> list[str]:
         """One task a node, outside of any container: it may have to call SLURM's commands."""

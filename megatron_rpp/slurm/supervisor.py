@@ -21,7 +21,7 @@ from megatron_rpp.slurm.guard import NodeWatch
 from megatron_rpp.slurm.history import History, Try, steps_done
 from megatron_rpp.slurm.preflight import examine
 from megatron_rpp.slurm.replacement import Replacement
-from megatron_rpp.slurm.steps import Steps
+from megatron_rpp.slurm.steps import REGISTRY, Steps
 
 logger = logging.getLogger("megatron_rpp.slurm")
 
@@ -72,7 +72,7 @@ class Supervisor:
         """Where the doctor finds that the job cannot run, and whether it could without some of its nodes."""
         if not self._config.slurm.doctor or self._config.slurm.container:  # SLURM's commands are outside of it
             return None
-        checkup = examine(self._words, self._run_dir)
+        checkup = examine((*self._words, REGISTRY), self._run_dir)
         if checkup.has_passed:
             return None
         return Ending(Try.FAILED, checkup.cause, checkup.bad_nodes, is_users_mistake=not checkup.bad_nodes)

@@ -12,6 +12,7 @@ from megatron_rpp.config.schema import Config
 from megatron_rpp.model.build import Model
 from megatron_rpp.model.hf_config import HFConfig
 from megatron_rpp.rollout.fleet import ServerFleet
+from megatron_rpp.rollout.journal import Journal
 from megatron_rpp.rollout.sglang_client import SGLangClient
 from megatron_rpp.weight_sync.broadcast import BroadcastTransport
 from megatron_rpp.weight_sync.delta_transport import DeltaTransport
@@ -30,10 +31,12 @@ def check_weight_sync(config: Config, hf: HFConfig) -> None:
         raise ConfigError("weight_sync.transports=ipc needs servers on the trainer's GPUs; choose broadcast or disk")
 
 
-def build_engine(config: Config, policy: Model, fleet: ServerFleet | None, client: SGLangClient) -> SyncedRolloutEngine:
-    """fleet: on rank 0."""
+def build_engine(
+    config: Config, policy: Model, fleet: ServerFleet | None, client: SGLangClient, journal: Journal | None = None
+) -> SyncedRolloutEngine:
+    """fleet: on rank 0. journal: on replica leaders, or nowhere."""
     transports = [build_transport(name, config) for name in config.weight_sync.transports]
-    return SyncedRolloutEngine(policy, fleet, client, transports, config, export_dtype(config))
+    return SyncedRolloutEngine(policy, fleet, client, transports, config, export_dtype(config), journal)
 
 
 def export_dtype(config: Config) -> torch.dtype | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
@@ -17,6 +16,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_rpp import device
+from megatron_rpp.parallel.interfaces import choose_interfaces
+from megatron_rpp.rollout.addresses import address_towards
 from megatron_rpp.rollout.fleet import Server
 from megatron_rpp.rollout.http import post_json
 from megatron_rpp.rollout.protocol import RolloutError
@@ -40,6 +41,8 @@ class ServerGroup:
         name = f"rpp-stage{stage}-{time.time_ns()}"  # a torn-down group's name is never used again
         world_size = 1 + sum(server.tp_size for server in servers)
         timeout_s, hosts = deadline.left_s(), [address_seen_by(server.url) for server in servers]
+        for host in set(hosts):
+            choose_interfaces(host)  # for a trainer on one host, which needed none
         store = dist.TCPStore(
             hosts[0], 0, world_size, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
         )
@@ -130,9 +133,6 @@ def address_seen_by(url: str) -> str:
     """The address of this host on the route to the server at `url`. Raises ServerFailure where there is none."""
     place = urlsplit(url)
     try:
-        family, *_, target = socket.getaddrinfo(place.hostname, place.port or 80, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:  # connects nothing, only picks a route
-            probe.connect(target)
-            return str(probe.getsockname()[0])
+        return address_towards(place.hostname or "", place.port or 80)
     except (OSError, ValueError) as error:
         raise ServerFailure(url, f"no route to it: {error}") from error

@@ -17,7 +17,9 @@ from megatron_rpp.model.export_hf import takes_part_in_export
 from megatron_rpp.model.stage_export import StageExport
 from megatron_rpp.parallel.collectives import from_replica_leader, gather_objects, words_of
 from megatron_rpp.rollout.fleet import Server, ServerFleet
+from megatron_rpp.rollout.journal import Journal
 from megatron_rpp.rollout.protocol import ProgressCallback, RolloutError, SamplingParams
+from megatron_rpp.rollout.recorded import generate_recorded
 from megatron_rpp.rollout.sglang_client import SGLangClient
 from megatron_rpp.weight_sync.phases import Phases
 from megatron_rpp.weight_sync.shared_fleet import SharedFleet
@@ -44,11 +46,15 @@ class SyncedRolloutEngine:
         transports: Sequence[Transport],
         config: Config,
         dtype: torch.dtype | None,
+        journal: Journal | None = None,
     ) -> None:
-        """fleet: on rank 0. transports: in the order in which they are tried. dtype: of the servers' weights."""
+        """fleet: on rank 0. transports: in the order in which they are tried. dtype: of the servers' weights.
+
+        journal: on replica leaders, of what is sampled; None: none is kept.
+        """
         self._policy, self._client, self._transports = policy, client, tuple(transports)
         self._rollout, self._config = config.rollout, config.weight_sync
-        self._dtype = dtype
+        self._dtype, self._journal = dtype, journal
         self._phases = Phases(policy.parallel.store, self._config.deadline_s)
         self._fleet = SharedFleet(fleet, self._phases, config.rollout)
         self.policy_version = UNSYNCED  # of the policy's weights, and of the serving servers
@@ -128,12 +134,20 @@ class SyncedRolloutEngine:
         self._client.suspects.clear()
         try:
             rollouts = from_replica_leader(
-                self._policy.parallel, lambda: self._client.generate(picked, sampling, progress, group_ids=mine)
+                self._policy.parallel, lambda: self._sample(picked, mine, sampling, progress)
             )
         except Exception as error:  # whatever it is: the other replicas wait to hear of it
             return [], words_of(error, RolloutError)
         assert {r.policy_version for r in rollouts} <= {self.policy_version}, "the client takes no other version"
         return rollouts, None
+
+    def _sample(
+        self, prompts: Sequence[Prompt], group_ids: range, sampling: SamplingParams, progress: ProgressCallback | None
+    ) -> list[Rollout]:
+        if self._journal is None:
+            return self._client.generate(prompts, sampling, progress, group_ids=group_ids)
+        version, client, journal = self.policy_version, self._client, self._journal
+        return generate_recorded(client, journal, prompts, sampling, progress, group_ids=group_ids, version=version)
 
     def _admit_newcomers(self) -> None:
         """Servers that joined, came back or answered wrongly are brought to the current weights before they serve."""

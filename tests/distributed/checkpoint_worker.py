@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from megatron_rpp.algorithm.shaping import RunningMoments
-from megatron_rpp.checkpoint.manager import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_rpp.checkpoint.find import find_checkpoint
+from megatron_rpp.checkpoint.manager import Checkpointer
 from megatron_rpp.checkpoint.run_state import RunState
+from megatron_rpp.checkpoint.sharded import load_checkpoint
 from megatron_rpp.engine.advantages import ShapingState, add_advantages
 from megatron_rpp.engine.optimizer import make_trainable
 from megatron_rpp.engine.train_step import train_step
@@ -36,18 +38,21 @@ def main() -> None:
         for _ in range(2):
             train_step(policy, optimizer, batch, config)
         state = RunState(2, {"cursor": 5}, optimizer.schedule.state_dict(), asdict(shaping))
-        save_checkpoint(arguments["run_dir"], policy, optimizer, state, keep=1, source=config.model.path)
+        checkpointer = Checkpointer(arguments["run_dir"], config.model.path, config.checkpoint)
+        checkpointer.save(policy, optimizer, state)
     else:
-        path = latest_checkpoint(arguments["run_dir"])
+        path = find_checkpoint(arguments["run_dir"], verify=True)
         assert path is not None
         state = load_checkpoint(path, policy, optimizer)
         assert state.prompts == {"cursor": 5}
         assert ShapingState.from_dict(state.shaping) == shaping
-    stats = train_step(policy, optimizer, batch, config)
+    stats = train_step(policy, optimizer, batch, config)  # in place, while the checkpoint is being written
     weights = {name: tensor.clone() for name, tensor in hf_tensors(policy)}
     if parallel.tp_rank == 0 and parallel.dp_rank == 0:
         result: dict[str, Any] = {"stats": stats, "weights": weights}
         torch.save(result, Path(arguments["out"]) / f"stage{parallel.pp_rank}.pt")
+    if arguments["action"] == "save":
+        checkpointer.wait()
     bootstrap.shutdown()
 
 

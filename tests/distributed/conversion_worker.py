@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_rpp.checkpoint.manager import save_checkpoint
+from megatron_rpp.checkpoint.manager import Checkpointer
 from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.checkpoint.torch_adam import allocate_state
 from megatron_rpp.config.schema import Config
@@ -33,7 +33,7 @@ def main() -> None:
             policy, optimizer = make_trainable(model, config.optimizer, total_steps=10)
             allocate_state(optimizer.megatron)  # it is saved before its first step
             state = RunState(2, {}, optimizer.schedule.state_dict(), {})
-            save_checkpoint(arguments["run_dir"], policy, optimizer, state, keep=1, source=path)
+            Checkpointer(arguments["run_dir"], path, config.checkpoint).save(policy, optimizer, state, wait=True)
         else:
             _export(model, Path(arguments["out"]) / f"{family}-{parallel.rank}.pt")
     bootstrap.shutdown()

@@ -46,7 +46,7 @@ def main() -> None:
     exit_on_sigterm()
     setup_logging(config.run.dir, int(os.environ.get("RANK", "0")))
     results: list[dict[str, Any]] = []
-    with open_session(config, resume=False) as session:
+    with open_session(config, resume="no") as session:
         for transport in session.rollout_engine._transports:
             if isinstance(transport, BroadcastTransport):
                 transport._bucket_bytes = BUCKET_BYTES

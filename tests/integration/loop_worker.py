@@ -29,7 +29,7 @@ def main() -> None:
     out = Path(sys.argv[2])
     exit_on_sigterm()
     setup_logging(config.run.dir, int(os.environ["RANK"]))
-    with open_session(config, resume=False) as opened:
+    with open_session(config, resume="no") as opened:
         session = replace(opened, reward=DigitReward())
         before = greedy(session)
         refusal = leave_update_session_open(session)

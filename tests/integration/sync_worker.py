@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import parallel_state
-from torch.distributed import PrefixStore, Store
+from torch.distributed import PrefixStore
 
 from megatron_rpp.config.schema import Config, ModelConfig, ParallelConfig, RolloutConfig, WeightSyncConfig
 from megatron_rpp.model.build import Model, build_model
 from megatron_rpp.model.load_hf import load_hf_weights
 from megatron_rpp.observability.logs import setup_logging
 from megatron_rpp.parallel import bootstrap
+from megatron_rpp.parallel.context import ParallelContext
 from megatron_rpp.parallel.rank_process import exit_on_sigterm
 from megatron_rpp.rollout import control
 from megatron_rpp.rollout.fleet import ServerFleet
@@ -65,18 +66,18 @@ def main() -> None:
     out = Path(sys.argv[2])
     exit_on_sigterm()
     setup_logging(str(out), int(os.environ["RANK"]))
-    store = bootstrap.initialize(jobs[0].layout, seed=0).store
+    first = bootstrap.initialize(jobs[0].layout, seed=0)
     for job in jobs:
-        run(job, store, out)
+        run(job, first, out)
     bootstrap.shutdown()
 
 
-def run(job: Job, store: Store, out: Path) -> None:
+def run(job: Job, first: ParallelContext, out: Path) -> None:
     """All syncs of `job`, as versions 0, 1, ..."""
     config = job.config()
     parallel_state.destroy_model_parallel()
     # An exchange numbers its keys from 1, so that every engine needs a store of its own.
-    parallel = bootstrap._megatron_groups(job.layout, 0, PrefixStore(job.name, store))
+    parallel = bootstrap.megatron_groups(job.layout, 0, PrefixStore(job.name, first.store), first.place)
     policy = build_model(config, parallel, path=job.paths[0])
     fleet = ServerFleet(config) if parallel.rank == 0 else None
     engine = build_engine(config, policy, fleet, SGLangClient((), config.rollout, decode=lambda ids: ""))

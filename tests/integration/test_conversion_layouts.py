@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from checkpoint_tools import hf_to_megatron, megatron_to_hf
-from megatron_rpp.checkpoint.manager import latest_checkpoint
+from megatron_rpp.checkpoint.folders import latest_checkpoint
 from megatron_rpp.conversion.difference import differences
 from megatron_rpp.conversion.sources import HFSource
 from tests.distributed.layouts import EXPERT_LAYOUTS, LAYOUTS, layouts_of, run_on

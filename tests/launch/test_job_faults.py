@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -22,17 +23,15 @@ def start(run: Run, script: Path) -> str:
     return run.cluster.submit([*options, script, *run.words], env={"RPP_PYTHON": sys.executable})
 
 
-def processes(cluster: Cluster, node: str, *words: str) -> list[psutil.Process]:
-    """Those on `node` with all of `words` on their command lines."""
+def oldest(cluster: Cluster, node: str, *words: str) -> psutil.Process:
+    """Of the processes on `node` with all of `words` on their command lines: the others are its children."""
     found = []
     for pid in cluster.pids(node):
-        try:
-            line = psutil.Process(pid).cmdline()
-        except psutil.NoSuchProcess:
-            continue
-        if set(words) <= set(line):
-            found.append(psutil.Process(pid))
-    return found
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            if set(words) <= set(process.cmdline()):
+                found.append(process)
+    return min(found, key=lambda process: process.create_time())
 
 
 @pytest.fixture
@@ -48,12 +47,10 @@ def test_a_job_survives_a_killed_server_a_killed_rank_and_its_time_limit(
     job = start(run, shipped_script("colocated.sbatch", tmp_path))
     run.wait_for_step(1)
     _, other = run.tries()[0].nodes
-    [server] = processes(cluster, other, "sglang.launch_server")
-    os.killpg(server.pid, signal.SIGKILL)
+    os.killpg(os.getpgid(oldest(cluster, other, "sglang.launch_server").pid), signal.SIGKILL)
     run.wait_for_step(len(run.steps()) + 1)
     assert len(run.tries()) == 1, "a dead server has ended the job"
-    [rank] = processes(cluster, other, "megatron_rpp.cli", "train")
-    rank.kill()
+    oldest(cluster, other, "megatron_rpp.cli", "train").kill()
     run.wait_until(lambda: len(run.tries()) == 2, "the requeued job")
     failed = run.tries()[0]
     assert failed.ending == Try.FAILED and f"on {other}" in failed.cause

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,7 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["sft", "-h"], []])
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["sft", "-h"], ["plan", "--help"], ["doctor", "--help"], []])
 def test_help_answers_fast_and_imports_nothing_heavy(words: list[str]) -> None:
     code = (
         "import sys; from megatron_rpp import cli; cli.main(sys.argv[1:]); "
@@ -94,6 +95,8 @@ def test_a_bad_setting_is_told_without_importing_torch(project: Path) -> None:
         (["train", "{}/run.toml", "--data.train.path={}/bad.jsonl"], "{}/bad.jsonl:2: "),
         (["train", "{}/run.toml", "--data.prompt_template={{question}}"], "{}/data.jsonl:1: no `question`"),
         (["sft", "{}/run.toml", "--resume"], "--resume is for `rpp train`"),
+        (["sft", "{}/run.toml", "--resume=auto"], "--resume is for `rpp train`"),
+        (["train", "{}/run.toml", "--resume=later"], "--resume=later: write --resume to continue a run"),
         (["sft", "{}/run.toml", "--sft.output="], "sft.output is not set"),
         (["sft", "{}/run.toml", "--sft.data={}/bad.jsonl"], "{}/bad.jsonl:2: "),
         (["report"], "write: rpp report RUN_DIR"),
@@ -151,10 +154,19 @@ def test_every_rank_runs_the_same_configuration(project: Path, fake_train: Path)
         "import os, sys\n"
         "def run(config, *, resume):\n"
         "    print('rank', os.environ['RANK'], config.run.steps, config.parallel.data, resume)\n"
+        "    return 0\n"
     )
     done = train(project, "--run.steps=5", "--resume")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "rank 0 5 2 True\n", "")
-    assert (project / "run" / "logs" / "rank-1.txt").read_text() == "rank 1 5 2 True\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, "rank 0 5 2 yes\n", "")
+    assert (project / "run" / "logs" / "rank-1.txt").read_text() == "rank 1 5 2 yes\n"
+
+
+def test_resume_auto_goes_on_in_a_directory_that_holds_a_run(project: Path, fake_train: Path) -> None:
+    fake_train.write_text("import sys\ndef run(config, *, resume):\n    sys.stdout.write(resume)\n    return 0\n")
+    (project / "run").mkdir()
+    (project / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
+    done = train(project, "--resume=auto")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "auto", "")
 
 
 def test_a_users_mistake_inside_the_ranks_is_one_line_from_rank_0(project: Path, fake_train: Path) -> None:
@@ -173,7 +185,9 @@ def test_a_crash_shows_its_traceback_and_ends_with_1(project: Path, fake_train: 
     )
     done = train(project)
     assert done.returncode == 1
-    assert "rpp: rank 1 ended with exit code 1" in done.stderr and "RuntimeError: boom" in done.stderr
+    shown = done.stderr.splitlines()
+    assert shown[0] == f"rpp: rank 1 on {socket.gethostname()}: RuntimeError: boom"
+    assert shown[2].startswith("Traceback") and shown[-1] == "RuntimeError: boom"
     assert (project / "run" / "logs" / "rank-1.txt").read_text().count("RuntimeError: boom") == 1
 
 

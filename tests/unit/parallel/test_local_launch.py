@@ -154,6 +154,59 @@ def test_signals_reach_every_rank_and_the_launcher_waits_for_them(tmp_path: Path
     process.communicate()
 
 
+def test_ranks_that_saved_and_stopped_are_not_a_failure(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    body = f"time.sleep(1.5 * rank); open(f'{tmp_path}/end-{{rank}}', 'w'); sys.exit(75)"
+    assert launch_local(rank_program(body), 2, tmp_path) == 75
+    assert (tmp_path / "end-1").exists()  # the slower one was not ended
+    assert capfd.readouterr().err == ""
+
+
+def test_a_failure_is_not_hidden_by_ranks_that_saved(tmp_path: Path) -> None:
+    assert launch_local(rank_program("sys.exit(3 if rank else 75)"), 2, tmp_path) == 3
+
+
+def test_a_request_to_save_reaches_every_rank_even_while_it_starts(tmp_path: Path) -> None:
+    body = write_pid(tmp_path) + (
+        "time.sleep(1)\n"  # imports
+        "from megatron_rpp.parallel import stop_request\n"
+        "stop_request.listen({})\n"
+        "while not stop_request.is_requested(): time.sleep(0.01)\n"
+        "sys.exit(75)"
+    )
+    process = launcher(body, 2, tmp_path)
+    pids(tmp_path, 2)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=20) == 75
+    process.communicate()
+
+
+REPORT = """
+from megatron_rpp.parallel.failures import Failure, report
+def tell(kind, about):
+    failure = Failure(about, 'node7', kind, f'{kind} of {about}', (), time.time())
+    report(run_dir, os.environ['RPP_LOCAL_JOB'], failure, rank=rank, host='node7')
+"""
+
+
+def test_the_cause_that_ranks_reported_is_shown_first(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    body = f"run_dir = {str(tmp_path)!r}\n" + REPORT
+    body += "print(f'the log of {rank}', file=sys.stderr) if rank else None\n"
+    body += "tell('error' if rank == 2 else 'peer', rank); time.sleep(0.3 * rank); sys.exit(1)"
+    assert launch_local(rank_program(body), 3, tmp_path) == 1  # rank 0 was seen to fail first
+    shown = capfd.readouterr().err.splitlines()
+    assert shown[0] == "rpp: rank 2 on node7: error of 2"
+    assert shown[2:] == ["the log of 2"]
+
+
+def test_a_killed_rank_is_named_though_the_others_only_miss_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    body = f"run_dir = {str(tmp_path)!r}\n" + REPORT
+    body += "os.kill(os.getpid(), signal.SIGKILL) if rank == 0 else time.sleep(0.5); tell('lost', 0); sys.exit(1)"
+    assert launch_local(rank_program(body), 2, tmp_path) == 137
+    assert capfd.readouterr().err == "rpp: rank 0 was ended by SIGKILL\n"
+
+
 EXIT_ON_SIGTERM = """
 from megatron_rpp.parallel.rank_process import exit_on_sigterm
 exit_on_sigterm(grace_s=0.3)

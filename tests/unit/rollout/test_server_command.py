@@ -62,7 +62,7 @@ def test_each_server_of_a_run_has_its_own_port_log_and_gpus(tmp_path: Path, monk
         return ["true"]
 
     monkeypatch.setattr(sglang_server, "server_command", command)
-    monkeypatch.setattr(sglang_server, "claim_port", lambda port: port)
+    monkeypatch.setattr(sglang_server, "claim_port", lambda port, host: port)
     rollout = RolloutConfig(num_servers=3, server_tensor=2, port=30000)
     sync = WeightSyncConfig(transports=("delta", "disk"), dtype="bfloat16")
     ServerFleet(Config(run=RunConfig(dir=str(tmp_path)), rollout=rollout, weight_sync=sync)).stop()

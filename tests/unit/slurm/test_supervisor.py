@@ -164,8 +164,10 @@ def test_the_cause_that_a_rank_reported_comes_first(job: Job) -> None:
 def test_steps_get_the_users_words_and_the_name_of_the_attempt(job: Job) -> None:
     job.start(f"{metrics(3)}; echo $RPP_ATTEMPT > $RUN_DIR/attempt", "--run.seed=5")
     [train] = [call for call in job.calls("srun") if "--job-name=train" in call]
-    assert "--nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=1" in train
-    assert train.endswith(f"train {job.root}/run.toml --run.seed=5 --resume=auto --rollout.registry=true")
+    assert "--nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=60" in train
+    assert train.endswith(
+        f"train {job.root}/run.toml --run.seed=5 --resume=auto --rollout.registry=true --rollout.num_servers=2"
+    )
     assert (job.run_dir / "attempt").read_text() == "7.0\n"
 
 
@@ -175,7 +177,7 @@ def test_a_node_that_the_doctor_finds_bad_is_left_out_of_the_requeued_job(
     (job.root / "sitecustomize.py").write_text(
         "import sys, types, pathlib\n"
         "doctor = types.ModuleType('megatron_rpp.commands.doctor')\n"
-        f"report = {json.dumps({'bad_nodes': [NODES[1]]})!r}\n"
+        f"report = {json.dumps({'bad_nodes': [NODES[1]], 'only_nodes_fail': True})!r}\n"
         "doctor.run = lambda words: 1 if pathlib.Path(words[-1][7:]).write_text(report) else 0\n"
         "sys.modules[doctor.__name__] = doctor\n"
     )

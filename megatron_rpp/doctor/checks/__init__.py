@@ -1,0 +1,1 @@
+"""One question a module: `measure` on every node, `check` over their answers."""

@@ -1,0 +1,112 @@
+"""What autograd keeps for the backward, counted without computing anything."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from megatron_rpp.model.hf_config import MoE
+from megatron_rpp.model.layers.attention import SDPACoreAttention
+from megatron_rpp.model.layers.norms import RMSNorm
+
+
+@contextmanager
+def saved_bytes(part_of_model: Callable[[], str], parameters: Iterable[Tensor]) -> Iterator[dict[str, int]]:
+    """Bytes of the storages that are saved inside, a storage once, by what `part_of_model()` says at the time."""
+    known = {parameter.untyped_storage()._cdata for parameter in parameters}
+    kept: list[Any] = []  # so that no other storage gets the address of a counted one
+    found: dict[str, int] = defaultdict(int)
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            known.add(storage._cdata)
+            kept.append(storage)
+            found[part_of_model()] += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield found
+
+
+class EvenRouting(TorchFunctionMode):
+    """What depends on the values of a router has the shape that it has where all experts get equally many tokens.
+
+    Attention is torch's flash attention: on the meta device it would be the one that keeps all scores.
+    """
+
+    def __init__(self, moe: MoE | None) -> None:
+        super().__init__()
+        self._share = moe.top_k / moe.num_experts if moe else 0.0  # of all (token, expert) pairs that is chosen
+        self._chosen = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "masked_select":
+            self._chosen = round(args[0].numel() * self._share)
+            return _Selected.apply(args[0], args[1], self._chosen)
+        if name == "tolist":
+            experts = len(args[0])
+            return [(self._chosen + i) // experts for i in range(experts)]
+        if name == "scaled_dot_product_attention":
+            q, k, v = args[:3]
+            return _Attention.apply(q, k, v, False)
+        return func(*args, **(kwargs or {}))
+
+
+def as_transformer_engine(model: torch.nn.Module) -> None:
+    """Have the local modules of `model`, on the meta device, save what Transformer Engine's in their place do.
+
+    That is for a norm its input and a number a token, and for attention queries, keys, values, output and a
+    number a head and token; keys and values once for all heads of a group.
+    """
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.forward = _Norm.apply  # type: ignore[method-assign]
+        elif isinstance(module, SDPACoreAttention) and module.softcap is None:
+            module.forward = _core_attention  # type: ignore[method-assign]
+
+
+def _core_attention(query: Tensor, key: Tensor, value: Tensor, *unused: Any, **also_unused: Any) -> Tensor:
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    out: Tensor = _Attention.apply(q, k, v, True)
+    return out.permute(2, 0, 1, 3).flatten(start_dim=2)
+
+
+class _Selected(torch.autograd.Function):
+    """`masked_select`, of a known number of elements."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, count: int) -> Tensor:
+        ctx.save_for_backward(x, mask)
+        return x.new_empty(count)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return x.new_empty(x.shape)
+
+
+class _Attention(torch.autograd.Function):
+    """q [B, H, S, D], k and v [B, G, S, D or Dv] -> [B, H, S, Dv], in memory [S, B, H, Dv] or, as torch's, [B, S, ...].
+
+    Of the first, the output projection takes a view; of the second, a copy.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sequence_first: bool) -> Tensor:
+        rows, heads, length, _ = q.shape
+        if sequence_first:
+            out = q.new_empty(length, rows, heads, v.shape[3]).permute(1, 2, 0, 3)
+        else:
+            out = q.new_empty(rows, length, heads, v.shape[3]).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out
