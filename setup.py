@@ -8,8 +8,9 @@ setup(
     description="REINFORCE++ on Megatron-Core, with SGLang rollouts",
     python_requires=">=3.11",
     # The stand-ins of device/sglang_cpu have folders without __init__.py.
-    packages=find_namespace_packages(include=["megatron_rpp*", "checkpoint_tools*"]),
-    package_data={"megatron_rpp": ["device/sglang_cpu/**/*"]},
+    packages=find_namespace_packages(include=["megatron_rpp*", "checkpoint_tools*", "launch*"]),
+    # `rpp launch slurm` renders the scripts of launch/slurm.
+    package_data={"megatron_rpp": ["device/sglang_cpu/**/*"], "launch.slurm": ["*.sbatch"]},
     entry_points={"console_scripts": ["rpp = megatron_rpp.cli:main"]},
     # sglang is not among them: its own list brings CUDA, so `make setup` and the extra `gpu` install it.
     install_requires=[

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,9 +69,14 @@ def run(config: Config, resume: session.Resume, doom: Doom | None = None) -> Non
     setup_logging(config.run.dir, rank := int(os.environ["RANK"]))
     if doom is not None and doom[0] == rank:
         timers = FatalTimers(*doom[1:])
-        save = session.Session.save
+        real = session.Session.save
+
+        def save(*arguments: Any, **options: Any) -> None:
+            timers.enter("save")
+            real(*arguments, **options)
+
         session.Timers = lambda: timers  # type: ignore[assignment,misc]
-        session.Session.save = lambda *a, **k: (timers.enter("save"), save(*a, **k))[1]  # type: ignore[method-assign]
+        session.Session.save = save  # type: ignore[method-assign]
     train.run(config, resume=resume)
 
 

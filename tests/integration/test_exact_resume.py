@@ -120,7 +120,8 @@ def test_step_after_a_resume_at_another_layout_is_the_same(root: Path, config: P
     work("finish", config, f"--run.dir={pp2}", "--parallel.pipeline=2", f"--rollout.replay={tp2}", *options)
     (_, expected), (found,) = without_timings(tp2), without_timings(pp2)
     assert found["step"] == 1 and abs(expected["loss/total"]) > 1e-4
-    for key in ("loss/total", "loss/policy", "kl/mean", "kl/coef", "grad_norm", "reward/shaped_mean", "entropy/mean"):
-        assert found[key] == pytest.approx(expected[key], abs=1e-5), key
+    for key in ("loss/total", "loss/policy", "kl/mean", "kl/coef", "reward/shaped_mean", "entropy/mean"):
+        assert abs(found[key] - expected[key]) < 1e-5, key
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
     log = (pp2 / "logs" / "rank-0.txt").read_text()
     assert "seeded anew" in log and "8 of 8 prompts are in the journal" in log

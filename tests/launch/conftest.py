@@ -14,8 +14,8 @@ from tests.launch.cluster import REPOSITORY, Cluster
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Four nodes of 8 CPUs and 2 (fake) GPUs, on a network of their own."""
-    made = Cluster(tmp_path_factory.mktemp("slurm"))
+    """Five nodes of 8 CPUs and 2 (fake) GPUs, on a network of their own."""
+    made = Cluster(tmp_path_factory.mktemp("slurm"), num_nodes=5)
     yield made
     made.close()
 

@@ -19,8 +19,7 @@ HEARTBEAT_S = 12.0  # two busy cores must not look like a dead node
 
 
 def start(run: Run, script: Path) -> str:
-    options = [f"--output={run.dir}.log", "--nodes=2"]
-    return run.cluster.submit([*options, script, *run.words], env={"RPP_PYTHON": sys.executable})
+    return run.cluster.submit([f"--output={run.dir}.log", script, *run.words], env={"RPP_PYTHON": sys.executable})
 
 
 def oldest(cluster: Cluster, node: str, *words: str) -> psutil.Process:
@@ -68,7 +67,7 @@ def test_a_job_survives_the_death_of_its_batch_host_and_a_network_partition(
     cluster: Cluster, faulty: Run, tmp_path: Path
 ) -> None:
     run = Run(cluster, faulty.dir, (*faulty.words, "--run.steps=6"))
-    start(run, shipped_script("colocated.sbatch", tmp_path))
+    start(run, shipped_script("disaggregated.sbatch", tmp_path))
     run.wait_for_step(1)
     dead = run.tries()[0].nodes[0]
     cluster.kill_node(dead)

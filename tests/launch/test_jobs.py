@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
+from megatron_rpp.config.schema import RolloutConfig
+from megatron_rpp.rollout.server_command import server_command, server_environment
 from tests.launch.cluster import REPOSITORY, Cluster
 from tests.launch.runs import Run, shipped_script
 
 STEPS = 4  # of examples/cluster_cpu.toml
 
 
-def test_the_shipped_script_trains_an_array_of_two_node_jobs(cluster: Cluster, demo: Path, tmp_path: Path) -> None:
+def test_every_task_of_an_array_trains_its_own_run(cluster: Cluster, demo: Path, tmp_path: Path) -> None:
+    more = ["--parallel.pipeline=1", "--run.seed=%a", "--slurm.doctor=false"]
+    words = Run.of_demo(cluster, demo, tmp_path / "run-%a", *more).words
+    options = ["--array=0-1", "--nodes=1", f"--output={tmp_path}/%a.log"]
     script = shipped_script("colocated.sbatch", tmp_path)
-    run = Run.of_demo(cluster, demo, tmp_path / "run-%a", "--run.seed=%a", "--slurm.doctor=false")
-    environment = {"RPP_PYTHON": sys.executable}
-    job = cluster.submit(["--array=0-1", f"--output={tmp_path}/%a.log", script, *run.words], env=environment)
+    job = cluster.submit([*options, script, *words], env={"RPP_PYTHON": sys.executable})
     assert cluster.wait(job, timeout_s=400)["JobState"] == "COMPLETED", cluster.story(cluster.jobs(job))
     first, second = (Run(cluster, tmp_path / f"run-{index}", ()) for index in (0, 1))
     for each in (first, second):
         each.check_complete(STEPS)
-        assert len(each.tries()) == 1 and len(set(each.tries()[0].nodes)) == 2
-    assert first.steps()[0]["reward/mean"] != second.steps()[0]["reward/mean"], "the seeds are the same"
+        assert len(each.tries()) == 1 and len(each.tries()[0].nodes) == 1
+    assert first.steps()[0]["entropy/mean"] != second.steps()[0]["entropy/mean"], "the seeds are the same"
     first.check_no_orphans(cluster.nodes)
 
 
@@ -46,16 +53,35 @@ def test_a_heterogeneous_job_that_rpp_has_submitted_trains_with_servers_on_nodes
     run.check_no_orphans(cluster.nodes)
 
 
+@pytest.fixture(scope="module")
+def server(cluster: Cluster, demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of an SGLang server on the first node, which two runs share."""
+    node = cluster.nodes[0]
+    url = f"http://{cluster.hosts.address(node)}:30000"  # the node has its ports to itself
+    rollout = RolloutConfig(context_length=16)
+    command = server_command(str(demo / "init"), rollout, "float32", "cpu", 30000, host=cluster.hosts.address(node))
+    argv = cluster.hosts.argv(node, command)
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    with (
+        log.open("wb") as out,
+        subprocess.Popen(argv, env=server_environment(cluster.environment(), rollout, "cpu"), stdout=out, stderr=out),
+    ):
+        yield url
+        for pid in cluster.pids(node):
+            if "sglang" in " ".join(psutil.Process(pid).cmdline()):
+                os.kill(pid, signal.SIGKILL)
+
+
 @pytest.mark.parametrize("launcher", ["mpirun", "srun"])
-def test_four_ranks_train_under_mpi(cluster: Cluster, demo: Path, tmp_path: Path, launcher: str) -> None:
-    layout = ["--parallel.pipeline=2", "--parallel.data=2", "--run.steps=2"]
+def test_four_ranks_train_under_mpi(cluster: Cluster, demo: Path, server: str, tmp_path: Path, launcher: str) -> None:
+    layout = ["--parallel.pipeline=2", "--parallel.data=2", "--run.steps=1", f"--rollout.urls={server}"]
     run = Run.of_demo(cluster, demo, tmp_path / "run", *layout)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     if launcher == "mpirun":
         argv = [REPOSITORY / "launch" / "mpi" / "mpirun.sh", "4", *run.words]
     else:
-        ranks = ["srun", "--mpi=pmi2", "--nodes=1", "--ntasks=4"]
+        ranks = ["srun", "--mpi=pmi2", "--nodes=2", "--ntasks=4"]
         argv = [*ranks, sys.executable, "-m", "mpi4py", "-m", "megatron_rpp.cli", "train", *run.words]
-    cluster.run(argv, on=cluster.nodes[0], timeout_s=300, env={"PATH": path})
-    assert [each["step"] for each in run.steps()] == [0, 1]
-    run.check_no_orphans(cluster.nodes)
+    cluster.run(argv, on=cluster.nodes[1], timeout_s=300, env={"PATH": path})
+    assert [each["step"] for each in run.steps()] == [0]
+    run.check_no_orphans(cluster.nodes[1:])

@@ -52,7 +52,10 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["sft", "-h"], ["plan", "--help"], ["doctor", "--help"], []])
+HELP = [["--help"], ["train", "--help"], ["sft", "-h"], ["plan", "--help"], ["doctor", "--help"], []]
+
+
+@pytest.mark.parametrize("words", HELP)
 def test_help_answers_fast_and_imports_nothing_heavy(words: list[str]) -> None:
     code = (
         "import sys; from megatron_rpp import cli; cli.main(sys.argv[1:]); "
