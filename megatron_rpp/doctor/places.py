@@ -13,7 +13,7 @@ import megatron_rpp
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.schema import SlurmConfig
 from megatron_rpp.slurm.client import hostnames
-from megatron_rpp.slurm.steps import container_prefix
+from megatron_rpp.slurm.srun import container_prefix, srun
 
 _PROBE = ("-m", "megatron_rpp.doctor.probe")
 # Of the job's request, where it was made by the task: the one probe of a node would see one of its GPUs.
@@ -34,11 +34,8 @@ class Group:
         if not self.is_slurm:
             return [sys.executable, *_PROBE, folder]
         python = "python3" if slurm.container else sys.executable
-        # --ntasks always: a step would inherit the job's. --mpi=none: the site's default may wait for MPI_Init.
-        srun = ["srun", "--overlap", "--mpi=none", "--job-name=doctor", *self.options]
-        srun += [f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1"]
-        srun += [f"--nodelist={','.join(nodes)}", "--kill-on-bad-exit=0", f"--chdir={folder}"]
-        return [*srun, *container_prefix(slurm), python, *_PROBE, folder]
+        options = [*self.options, f"--nodelist={','.join(nodes)}", "--kill-on-bad-exit=0", f"--chdir={folder}"]
+        return [*srun("doctor", len(nodes), 1, *options), *container_prefix(slurm), python, *_PROBE, folder]
 
 
 @dataclass(frozen=True)

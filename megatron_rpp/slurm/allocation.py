@@ -15,6 +15,7 @@ class Allocation:
     """What SLURM gave to this start of the job."""
 
     job_id: str
+    job: str  # as SLURM's commands must be told: ARRAYJOB_TASK for a task of an array, which may be named by job_id too
     restart: int  # how often SLURM has requeued it
     trainer_nodes: tuple[str, ...]
     rollout_nodes: tuple[str, ...]  # the same where servers share the trainer's nodes
@@ -40,10 +41,12 @@ class Allocation:
         """From the variables of a batch script. Raises ConfigError outside of one."""
         if "SLURM_JOB_ID" not in env or "SLURM_STEP_ID" in env:
             raise ConfigError("`rpp slurm-job` is what a batch script runs; to submit one, write: rpp launch slurm")
+        array = env.get("SLURM_ARRAY_JOB_ID")
         trainer = hostnames(env.get("SLURM_JOB_NODELIST_HET_GROUP_0") or env["SLURM_JOB_NODELIST"])
         rollout = env.get("SLURM_JOB_NODELIST_HET_GROUP_1")
         return cls(
             job_id=env["SLURM_JOB_ID"],
+            job=f"{array}_{env['SLURM_ARRAY_TASK_ID']}" if array else env["SLURM_JOB_ID"],
             restart=int(env.get("SLURM_RESTART_COUNT") or 0),
             trainer_nodes=trainer,
             rollout_nodes=hostnames(rollout) if rollout else trainer,

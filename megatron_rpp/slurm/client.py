@@ -1,4 +1,7 @@
-"""SLURM's own commands, each with a time limit: a controller that does not answer must not hang a job."""
+"""SLURM's own commands, each with a time limit: a controller that does not answer must not hang a job.
+
+A job is named as SLURM wants it: JOB, or ARRAYJOB_TASK, since the bare id of one array task stands for them all.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +22,28 @@ def hostnames(node_list: str) -> tuple[str, ...]:
     return tuple(run("scontrol", "show", "hostnames", node_list).split())
 
 
-def job_fields(job_id: str) -> dict[str, str]:
-    """What `scontrol show job` says, by its own names: JobState, NodeList, TimeLimit, ... (of its first component)."""
-    text = run("scontrol", "show", "job", "--oneliner", job_id).splitlines()[0]
-    pairs = (word.partition("=") for word in text.split(" ") if "=" in word)
-    return {name: "" if value in ("(null)", "N/A") else value for name, _, value in pairs}
+def jobs(job: str) -> list[dict[str, str]]:
+    """What `scontrol show job` says of a job, or of each part of a heterogeneous one, by SLURM's names for it."""
+    text = run("scontrol", "show", "job", "--oneliner", job)
+    return [parse_fields(line) for line in text.splitlines() if line.strip()]
 
 
-def component_ids(job_id: str) -> tuple[str, ...]:
-    """The job ids of a heterogeneous job's parts, or the job's own."""
-    lines = run("scontrol", "show", "job", "--oneliner", job_id).splitlines()
-    return tuple(line.split()[0].removeprefix("JobId=") for line in lines if line.startswith("JobId="))
+def job_state(job: str) -> str:
+    """RUNNING, COMPLETING, CANCELLED, ..."""
+    return jobs(job)[0]["JobState"]
+
+
+def parse_fields(line: str) -> dict[str, str]:
+    """A line of `scontrol --oneliner`: {"JobId": "3", ...}. A value may hold spaces; none is told as (null) or N/A."""
+    fields: dict[str, str] = {}
+    last = ""
+    for word in line.split():
+        name, equals, value = word.partition("=")
+        if equals and name[:1].isalpha():
+            last, fields[name] = name, "" if value in ("(null)", "N/A") else value
+        elif last:
+            fields[last] += f" {word}"
+    return fields
 
 
 def batch_script(job_id: str, path: Path) -> None:
@@ -42,18 +56,24 @@ def submit(arguments: Sequence[str]) -> str:
     return run("sbatch", "--parsable", *arguments, env=outside_environment(os.environ)).strip().partition(";")[0]
 
 
-def requeue(job_id: str) -> None:
+def find_by_comment(comment: str) -> str | None:
+    """The id of a job of this user, waiting or running, that was submitted with `--comment`."""
+    lines = run("squeue", "--me", "--noheader", "--format=%i|%k").splitlines()
+    return next((line.partition("|")[0] for line in lines if line.partition("|")[2] == comment), None)
+
+
+def requeue(job: str) -> None:
     """Put a running job back into the queue, under the same id. It ends whoever calls this from inside the job."""
-    run("scontrol", "requeue", job_id)
+    run("scontrol", "requeue", job)
 
 
-def exclude(job_id: str, nodes: Sequence[str]) -> None:
+def exclude(job: str, nodes: Sequence[str]) -> None:
     """A job that waits in the queue gets none of `nodes`."""
-    run("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}")
+    run("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}")
 
 
-def cancel(job_id: str) -> None:
-    run("scancel", job_id)
+def cancel(job: str) -> None:
+    run("scancel", job)
 
 
 def outside_environment(env: Mapping[str, str]) -> dict[str, str]:

@@ -9,131 +9,136 @@ left submits the replacement.
 
 from __future__ import annotations
 
+import enum
 import logging
 import os
+import signal
 import socket
-import socketserver
 import sys
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
 
 from megatron_rpp.slurm import client
+from megatron_rpp.slurm.history import Try, steps_done
+from megatron_rpp.slurm.node_watch import BEAT, FAREWELL, beat_s
 from megatron_rpp.slurm.replacement import Replacement
 
 logger = logging.getLogger("megatron_rpp.slurm")
 
-_BEAT, _FAREWELL = b".", b"q"
-_START_S = 120.0  # a guard may take so long to start
+_IGNORED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
+_RESCUE_S = 600.0  # a controller may be away for a while
+_PAUSE_S = 10.0
 
 
-def beat_s(deadline_s: float) -> float:
-    """Pause between two beats."""
-    return min(1.0, deadline_s / 10)
+class End(enum.Enum):
+    """How the exchange of beats ended."""
+
+    FAREWELL = "the job ends"
+    SILENT = "the supervisor's host is silent"
+    CLOSED = "the supervisor has ended without a farewell; its host lives"
+    NEVER = "the supervisor was never reached"
 
 
-class NodeWatch:
-    """The supervisor's side: who is there, who has fallen silent."""
-
-    def __init__(self, nodes: Sequence[str], deadline_s: float) -> None:
-        self._nodes, self._deadline_s = tuple(nodes), deadline_s
-        self._seen: dict[str, float] = {}  # node -> monotonic seconds of its last beat
-        self._started_at = time.monotonic()
-        self._is_over = threading.Event()
-        self._server = socketserver.ThreadingTCPServer(("", 0), self._handler(), bind_and_activate=True)
-        self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    @property
-    def port(self) -> int:
-        return int(self._server.server_address[1])
-
-    def lost(self) -> tuple[str, ...]:
-        """Nodes whose guard fell silent. None before the first guard is there: then nothing can be told."""
-        if not self._seen:
-            return ()
-        now = time.monotonic()
-        never = now - self._started_at > _START_S + self._deadline_s
-        silent = {node for node, at in self._seen.items() if now - at > self._deadline_s}
-        return tuple(node for node in self._nodes if node in silent or (never and node not in self._seen))
-
-    def close(self) -> None:
-        """Tell the guards that the job ends."""
-        self._is_over.set()
-        if self._seen:
-            time.sleep(2 * beat_s(self._deadline_s))  # every handler passes by once
-        self._server.shutdown()
-        self._server.server_close()
-
-    def _handler(self) -> type[socketserver.BaseRequestHandler]:
-        watch = self
-
-        class Handler(socketserver.BaseRequestHandler):
-            def handle(self) -> None:
-                watch._serve(cast(socket.socket, self.request))
-
-        return Handler
-
-    def _serve(self, connection: socket.socket) -> None:
-        connection.settimeout(self._deadline_s)
-        try:
-            with connection, connection.makefile("rb") as lines:
-                node = lines.readline().decode().strip()
-                while not self._is_over.is_set():
-                    self._seen[node] = time.monotonic()
-                    connection.sendall(_BEAT)
-                    if lines.read(1) != _BEAT:
-                        return
-                connection.sendall(_FAREWELL)
-        except OSError:
-            return  # silence is what `lost` looks at
+def stand_guard(host: str, port: int, deadline_s: float, node: str) -> End:
+    """Exchange beats until that is over; a broken connection is made anew once."""
+    end = _exchange(host, port, deadline_s, node)
+    if end in (End.SILENT, End.CLOSED):
+        again = _exchange(host, port, deadline_s, node)
+        end = again if again != End.NEVER else end
+    return end
 
 
-def stand_guard(host: str, port: int, deadline_s: float, node: str) -> bool:
-    """Exchange beats until the supervisor says farewell (True) or falls silent (False)."""
+def _exchange(host: str, port: int, deadline_s: float, node: str) -> End:
+    has_beaten = False
     try:
         with socket.create_connection((host, port), timeout=deadline_s) as connection:
             connection.settimeout(deadline_s)
             connection.sendall(f"{node}\n".encode())
             while True:
                 got = connection.recv(1)
-                if got != _BEAT:
-                    return got == _FAREWELL
+                if got != BEAT:
+                    return End.FAREWELL if got == FAREWELL else End.CLOSED if has_beaten else End.NEVER
+                has_beaten = True
                 time.sleep(beat_s(deadline_s))
-                connection.sendall(_BEAT)
-    except OSError as error:
-        logger.warning("the supervisor on %s is silent: %s", host, error)
-        return False
+                connection.sendall(BEAT)
+    except TimeoutError:
+        return End.SILENT if has_beaten else End.NEVER
+    except OSError:
+        return End.CLOSED if has_beaten else End.NEVER
 
 
-def rescue(replacement: Replacement, lost_host: str, turn: int, deadline_s: float) -> None:
-    """The supervisor's node is gone: submit the job anew without it, unless someone else has, or SLURM ended it."""
-    time.sleep(turn * deadline_s)  # one guard after the other, so that the next one sees what the first has done
-    job_id = replacement.attempt.partition(".")[0]
-    if client.job_fields(job_id).get("JobState") != "RUNNING" or not replacement.claim():
+def rescue(replacement: Replacement, run_dir: Path, attempt: str, turn: int, deadline_s: float, end: End) -> None:
+    """Submit the job anew, unless the supervisor lives, someone else has done it, or the job was meant to end.
+
+    turn: guards act one after the other, so that the next one sees what the first has done.
+    """
+    if _moves(replacement.is_alive_file, (turn + 1) * deadline_s):
+        logger.warning("the supervisor lives, and only this node cannot reach it")
         return
-    try:
-        new = replacement.submit([lost_host], cause=f"node {lost_host}, which ran the batch script, is lost")
-    except client.SlurmError:
-        replacement.give_back()
-        raise
-    sys.stderr.write(f"rpp: node {lost_host} is lost; job {new} replaces job {job_id}\n")
-    client.cancel(job_id)
+    submission = replacement.load()
+    if not _was_not_ended(submission.job, {"RUNNING"} if end == End.SILENT else {"RUNNING", "FAILED", "OUT_OF_MEMORY"}):
+        return
+    lost = [submission.nodes[0]] if end == End.SILENT else []
+    cause = f"node {submission.nodes[0]}, which ran the batch script, is lost" if lost else end.value
+    replacement.history.end(attempt, Try.LOST_NODES if lost else Try.FAILED, cause, steps_done(run_dir), lost)
+    if replacement.history.in_vain() >= submission.max_tries:
+        sys.stderr.write(f"rpp: {cause}; given up after {submission.max_tries} tries in vain\n")
+        return
+    if new := retried(replacement.submit_once):
+        sys.stderr.write(f"rpp: {cause}; job {new} replaces job {submission.job}\n")
+    if lost:
+        client.cancel(submission.job)
+
+
+def retried(act: Callable[[], str | None]) -> str | None:
+    """`act`, again and again while SLURM fails, for ten minutes. Raises the last SlurmError."""
+    end = time.monotonic() + _RESCUE_S
+    while True:
+        try:
+            return act()
+        except client.SlurmError as error:
+            if time.monotonic() > end:
+                raise
+            logger.warning("%s; trying again", error)
+            time.sleep(_PAUSE_S)
+
+
+def _moves(path: Path, duration_s: float) -> bool:
+    """Whether the file is touched within that time."""
+    before = path.stat().st_mtime_ns if path.exists() else 0
+    end = time.monotonic() + duration_s
+    while time.monotonic() < end:
+        time.sleep(min(1.0, duration_s / 5))
+        if path.exists() and path.stat().st_mtime_ns != before:
+            return True
+    return False
+
+
+def _was_not_ended(job: str, states: set[str]) -> bool:
+    """Whether the job is in one of `states`, once it is no longer COMPLETING, which hides them."""
+    for _ in range(20):
+        state = client.job_state(job)
+        if state != "COMPLETING":
+            return state in states
+        time.sleep(1.0)
+    return False
 
 
 def main(words: Sequence[str]) -> int:
     host, port, deadline_s, run_dir, attempt = words
+    for number in _IGNORED:  # sent to all steps before a time limit or a preemption; the supervisor ends guards
+        signal.signal(number, signal.SIG_IGN)
     node = os.environ["SLURMD_NODENAME"]
-    if stand_guard(host, int(port), float(deadline_s), node):
-        return 0
-    replacement = Replacement(Path(run_dir), attempt)
-    nodes = replacement.load().nodes
-    lost_host = nodes[0]
-    if node != lost_host:  # on the batch host itself SLURM ends or requeues the job with its script
-        rescue(replacement, lost_host, nodes.index(node) - 1, float(deadline_s))
-    return 1
+    end = stand_guard(host, int(port), float(deadline_s), node)
+    if end in (End.SILENT, End.CLOSED):
+        replacement = Replacement(Path(run_dir), attempt)
+        nodes = replacement.load().nodes
+        if node != nodes[0]:
+            rescue(replacement, Path(run_dir), attempt, nodes.index(node) - 1, float(deadline_s), end)
+    elif end == End.NEVER:
+        sys.stderr.write(f"rpp: {node} cannot reach the supervisor on {host}:{port}; SLURM alone watches over it\n")
+    return 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from megatron_rpp.config.schema import Config
+from megatron_rpp.observability.files import write_whole
 from megatron_rpp.observability.writers import read_metrics
 
 
@@ -22,12 +24,12 @@ class Try:
     ending: str = RUNNING
     last_step: int = 0  # steps done when it ended
     cause: str = ""
+    host: str = ""  # of the rank that the cause happened to
     bad_nodes: list[str] = field(default_factory=list)  # that are to be left out from now on
 
     @property
-    def is_in_vain(self) -> bool:
-        """It failed, and not even one step was finished."""
-        return self.ending in (Try.FAILED, Try.LOST_NODES) and self.last_step <= self.first_step
+    def is_failure(self) -> bool:
+        return self.ending in (Try.FAILED, Try.LOST_NODES)
 
 
 class History:
@@ -49,35 +51,45 @@ class History:
                 each.ending, each.cause, each.last_step = Try.FAILED, "it ended without a word", first_step
         self._write([*tries, Try(attempt, list(nodes), first_step)])
 
-    def end(self, attempt: str, ending: str, cause: str, last_step: int, bad_nodes: Sequence[str] = ()) -> None:
+    def end(
+        self, attempt: str, ending: str, cause: str, last_step: int, bad_nodes: Sequence[str] = (), host: str = ""
+    ) -> None:
         tries = self.tries()
         for each in tries:
             if each.attempt == attempt:
                 each.ending, each.cause, each.last_step = ending, cause, last_step
-                each.bad_nodes = list(bad_nodes)
+                each.bad_nodes, each.host = list(bad_nodes), host
         self._write(tries)
 
     def excluded(self) -> list[str]:
-        """Every node that any try has found bad."""
-        return sorted({node for each in self.tries() for node in each.bad_nodes})
+        """Every node that any try has found bad, the newest last."""
+        found = [node for each in self.tries() for node in each.bad_nodes]
+        return list(dict.fromkeys(found[::-1]))[::-1]
 
     def in_vain(self) -> int:
-        """How many tries in a row, up to the newest, have failed without finishing a step."""
-        count = 0
-        for each in reversed(self.tries()):
-            if not each.is_in_vain:
-                break
-            count += 1
+        """How many tries in a row, up to the newest, have failed without getting further than any before.
+
+        A failure may throw the run back to its checkpoint: only a step that was never reached counts.
+        """
+        count, best = 0, 0
+        for each in self.tries():
+            count = count + 1 if each.is_failure and each.last_step <= best else 0
+            best = max(best, each.last_step)
         return count
 
     def _write(self, tries: Sequence[Try]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps([asdict(each) for each in tries], indent=1) + "\n")
-        partial.replace(self._path)
+        write_whole(self._path, json.dumps([asdict(each) for each in tries], indent=1) + "\n")
 
 
 def steps_done(run_dir: Path) -> int:
     """Steps whose metrics are on file."""
     metrics = read_metrics(run_dir)
     return int(metrics[-1]["step"]) + 1 if metrics else 0
+
+
+def is_complete(config: Config) -> bool:
+    """Whether all steps are done, and saved where checkpoints are."""
+    run_dir, steps = Path(config.run.dir), config.run.steps
+    last = run_dir / "checkpoints" / f"step-{steps:06d}"  # as checkpoint.folders names it, which imports torch
+    return steps_done(run_dir) >= steps and (last.is_dir() or config.checkpoint.interval == 0)

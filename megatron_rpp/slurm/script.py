@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_rpp.config.schema import Config
@@ -20,6 +20,7 @@ def render(config: Config, nodes: int) -> str:
     head, *parts = template.read_text(encoding="utf-8").split(_PART)
     common = _options(config)
     texts = [_with_options(head, {**common, **_first(config), "--nodes": str(nodes - rollout_nodes)})]
+    texts[0] = _with_lines(texts[0], config.slurm.sbatch_args)
     texts += [_with_options(part, {**common, "--nodes": str(rollout_nodes)}) for part in parts]
     return _with_start(_PART.join(texts), config.slurm.setup)
 
@@ -59,6 +60,13 @@ def _with_options(text: str, options: Mapping[str, str]) -> str:
             last = len(lines)
     lines[last:last] = [f"#SBATCH {name}={value}" for name, value in left.items() if value]
     return "\n".join(lines) + "\n"
+
+
+def _with_lines(text: str, arguments: Sequence[str]) -> str:
+    """slurm.sbatch_args as #SBATCH lines, behind the others: a replacement of the job has them too."""
+    head, last, tail = text.rpartition("#SBATCH")
+    line, end, rest = tail.partition("\n")
+    return "".join([head, last, line, end, *(f"#SBATCH {argument}\n" for argument in arguments), rest])
 
 
 def _with_start(text: str, setup: str) -> str:

@@ -53,14 +53,17 @@ class Run:
         return "\n".join(f"--- {path.name}\n" + "\n".join(path.read_text().splitlines()[-25:]) for path in logs)
 
     def check_complete(self, steps: int) -> None:
-        """Every step once, each on rollouts of its own version; the last checkpoint is there."""
+        """Every step once, each on rollouts of its own version; it has learnt; the last checkpoint is there."""
         assert [each["step"] for each in self.steps()] == list(range(steps)), self.story()
         assert [each["policy_version"] for each in self.steps()] == list(range(steps))
+        assert all(each["grad_norm"] > 0 for each in self.steps())
+        rewards = [each["reward/shaped_mean"] for each in self.steps()]
+        assert rewards[-1] > rewards[0] + 0.2, f"its answers have not become shorter: {rewards}"
         assert (self.dir / "checkpoints" / f"step-{steps:06d}").is_dir()
         assert self.tries()[-1].ending == Try.DONE
 
     def check_no_orphans(self, nodes: Sequence[str], limit_s: float = 20.0) -> None:
-        """On `nodes` nothing of the job is left but SLURM's own daemon."""
+        """On `nodes` nothing of the job is left but SLURM's own daemons."""
         end = time.monotonic() + limit_s
         while (left := self._processes(nodes)) and time.monotonic() < end:
             time.sleep(0.2)
@@ -73,7 +76,7 @@ class Run:
                 try:
                     process = psutil.Process(pid)
                     name, line = process.name(), " ".join(process.cmdline())
-                    if process.status() != psutil.STATUS_ZOMBIE and "slurmd" not in name:
+                    if process.status() != psutil.STATUS_ZOMBIE and not name.startswith("slurm"):
                         found.append(f"{node}: {pid} {name} {line}")
                 except psutil.NoSuchProcess:
                     continue

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from megatron_rpp.slurm.guard import NodeWatch, stand_guard
+from megatron_rpp.slurm.guard import End, stand_guard
+from megatron_rpp.slurm.node_watch import NodeWatch
 
 DEADLINE_S = 3.0
 
@@ -21,8 +22,8 @@ def watch() -> Iterator[NodeWatch]:
     watch.close()
 
 
-def in_background(act: Callable[[], bool]) -> tuple[threading.Thread, list[bool]]:
-    answers: list[bool] = []
+def in_background(act: Callable[[], End]) -> tuple[threading.Thread, list[End]]:
+    answers: list[End] = []
     thread = threading.Thread(target=lambda: answers.append(act()), daemon=True)
     thread.start()
     return thread, answers
@@ -50,15 +51,23 @@ def test_a_guard_is_told_the_end_of_the_job_from_the_loss_of_the_supervisor() ->
     wait_for(lambda: bool(watch._seen), DEADLINE_S)
     watch.close()
     thread.join(DEADLINE_S)
-    assert answers == [True]
+    assert answers == [End.FAREWELL]
 
 
-def test_a_guard_notices_a_supervisor_that_says_nothing_more() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        port, start = silent.getsockname()[1], time.monotonic()
-        assert not stand_guard("127.0.0.1", port, 0.5, "a")
-        assert time.monotonic() - start < 5
-    assert not stand_guard("127.0.0.1", port, 0.5, "a"), "nobody listens any more"
+def test_a_guard_tells_silence_from_an_ended_supervisor_and_from_one_that_was_never_there() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert stand_guard("127.0.0.1", port, 0.5, "a") == End.NEVER, "it has not said anything yet"
+        _, answers = in_background(lambda: stand_guard("127.0.0.1", port, 0.5, "a"))
+        server.accept()[0].close()  # of the attempt above
+        with server.accept()[0] as connection:
+            connection.sendall(b".")
+            wait_for(lambda: answers == [End.SILENT], 10)
+        _, answers = in_background(lambda: stand_guard("127.0.0.1", port, 0.5, "a"))
+        server.accept()[0].close()  # of the second attempt of the guard before
+        with server.accept()[0] as connection:
+            connection.sendall(b".")
+    wait_for(lambda: answers == [End.CLOSED], 10)
 
 
 def test_nothing_is_told_before_any_guard_is_there(watch: NodeWatch) -> None:

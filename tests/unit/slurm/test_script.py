@@ -45,7 +45,9 @@ def test_options_of_the_configuration_are_in_every_part() -> None:
 
 
 def test_directives_stand_before_the_first_command_and_setup_before_the_start() -> None:
-    text = render(build({"slurm.setup": "module load cuda", "slurm.partition": "h200"}), nodes=1)
+    more = {"slurm.setup": "module load cuda", "slurm.partition": "h200", "slurm.sbatch_args": ("--mail-type=END",)}
+    text = render(build(more), nodes=1)
+    assert "\n#SBATCH --mail-type=END\n" in text
     commands = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert text.rindex("#SBATCH") < text.index("set -euo"), "sbatch reads none behind the first command"
     assert commands[1:3] == ["module load cuda", f"RPP_PYTHON={sys.executable}"]
