@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_rpp.commands.messages import user_error
+from megatron_rpp.commands.words import HelpAsked
 from megatron_rpp.config.errors import ConfigError
 
 # Each is a module of megatron_rpp.commands with `run(words) -> exit code`, where words[0] is the command.
@@ -46,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             known = ", ".join(name for name in _COMMANDS if name != "slurm-job")
             raise ConfigError(f"unknown command {command}; it must be one of: {known}")
         return int(importlib.import_module(f"megatron_rpp.commands.{_COMMANDS[command]}").run(words))
+    except HelpAsked as asked:
+        sys.stdout.write(str(asked))
+        return 0
     except ValueError as error:
         return user_error(error)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rpp.commands.words import split
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.load import load_config
 
@@ -37,23 +38,10 @@ class Arguments:
 
 
 def parse(words: Sequence[str]) -> Arguments:
-    """Raises ConfigError."""
-    values: dict[str, str] = {}
-    rest: list[str] = []
-    left = list(words[1:])
-    while left:
-        name, equals, value = left.pop(0).partition("=")
-        if name not in ("--json", "--deadline"):
-            rest.append(name + equals + value)
-            continue
-        if not equals and not left:
-            raise ConfigError(f"{name} must be followed by its value")
-        values[name] = value if equals else left.pop(0)
-    files = tuple(word for word in rest if not word.startswith("-"))
-    if not files:
-        raise ConfigError("no configuration file; write: rpp doctor CONFIG.toml")
-    overrides = tuple(word for word in rest if word.startswith("-"))
-    return Arguments(files, overrides, values.get("--json"), _seconds(values.get("--deadline", str(DEADLINE_S))))
+    """Raises ConfigError, HelpAsked."""
+    given = split(words[1:], _HELP, options=("--json", "--deadline"))
+    deadline_s = _seconds(given.options.get("--deadline", str(DEADLINE_S)))
+    return Arguments(given.files, given.overrides, given.filled("--json"), deadline_s)
 
 
 def _seconds(text: str) -> float:
@@ -67,9 +55,6 @@ def _seconds(text: str) -> float:
 
 
 def run(words: Sequence[str]) -> int:
-    if "--help" in words or "-h" in words:
-        sys.stdout.write(_HELP)
-        return 0
     arguments = parse(words)
     config = load_config(arguments.files, arguments.overrides)
     from megatron_rpp.doctor.diagnose import diagnose

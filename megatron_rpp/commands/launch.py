@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_rpp.commands.train import check_lines
+from megatron_rpp.commands.words import answer_help, split
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.load import load_config
 from megatron_rpp.config.preflight import make_folders
@@ -17,22 +18,34 @@ from megatron_rpp.slurm import client
 from megatron_rpp.slurm.allocation import ranks_per_node, world_size
 from megatron_rpp.slurm.script import render
 
-_USAGE = "rpp launch slurm CONFIG.toml ... [--section.key=value ...] --nodes N [--dry-run]"
+_SYNOPSIS = "rpp launch slurm CONFIG.toml ... [--section.key=value ...] --nodes N [--dry-run]"
+_USAGE = f"""{_SYNOPSIS}
+
+Checks configuration, model and data, and that the layout fits the nodes; says who runs where; writes the batch script
+to RUN_DIR/slurm/job.sbatch and submits it.
+
+  --nodes N    nodes of the whole job, those of slurm.rollout_nodes among them
+  --dry-run    show the script and the command that would submit it; write and submit nothing
+
+What is asked of the cluster (account, partition, time limit, GPUs, container, ...) is in the section slurm of the
+configuration; `rpp train --help` lists its keys. More: docs/cluster.md.
+"""
 
 
 def run(words: Sequence[str]) -> int:
     """Submit, and say what was submitted. With --dry-run only the latter."""
-    if "--help" in words or "-h" in words:
-        sys.stdout.write(f"{_USAGE}\n\nThe section slurm of the configuration says what to ask for; docs/cluster.md.\n")
-        return 0
-    given, nodes, is_dry = _parse(words)
-    config = load_config([w for w in given if not w.startswith("-")], [w for w in given if w.startswith("-")])
+    answer_help(words, _USAGE)
+    if words[1:2] != ["slurm"]:
+        raise ConfigError(f"write: {_SYNOPSIS}; launch/mpi and launch/local hold the scripts for others")
+    given = split(words[2:], _USAGE, options=("--nodes",), flags=("--dry-run",))
+    nodes = _number(given.options.get("--nodes", ""))
+    config = load_config(given.files, given.overrides)
     check(config, nodes)
     path = Path(config.run.dir) / "slurm" / "job.sbatch"
-    argv = [*config.slurm.sbatch_args, str(path), *given]
+    argv = [str(path), *given.settings]
     text = render(config, nodes)
     sys.stdout.write(f"{describe(config, nodes)}\n\n# {path}\n{text}\nsbatch {shlex.join(argv)}\n")
-    if is_dry:
+    if "--dry-run" in given.options:
         return 0
     make_folders(config, "train")
     (Path(config.run.dir) / "logs").mkdir(parents=True, exist_ok=True)
@@ -71,21 +84,7 @@ def describe(config: Config, nodes: int) -> str:
     )
 
 
-def _parse(words: Sequence[str]) -> tuple[list[str], int, bool]:
-    """(configuration files and overrides, nodes, whether it is a dry run). Raises ConfigError."""
-    rest = list(words[2:])
-    if list(words[1:2]) != ["slurm"]:
-        raise ConfigError(f"write: {_USAGE}; launch/mpi and launch/local hold the scripts for others")
-    is_dry = "--dry-run" in rest
-    rest = [word for word in rest if word != "--dry-run"]
-    nodes = ""
-    for index, word in enumerate(rest):
-        if word == "--nodes" or word.startswith("--nodes="):
-            nodes = word.partition("=")[2] or "".join(rest[index + 1 : index + 2])
-            del rest[index : index + (1 if "=" in word else 2)]
-            break
-    if not nodes.isdigit() or int(nodes) < 1:
-        raise ConfigError(f"--nodes {nodes} must be a number of nodes; write: {_USAGE}")
-    if not any(not word.startswith("-") for word in rest):
-        raise ConfigError(f"no configuration file; write: {_USAGE}")
-    return rest, int(nodes), is_dry
+def _number(nodes: str) -> int:
+    if not nodes.isdecimal() or int(nodes) < 1:
+        raise ConfigError(f"--nodes {nodes} must be a number of nodes; write: {_SYNOPSIS}")
+    return int(nodes)

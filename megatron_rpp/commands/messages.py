@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from megatron_rpp.parallel.environment import speaks_for_job
-from megatron_rpp.parallel.local_launch import ERROR_PREFIX, USER_ERROR
+from megatron_rpp.parallel.exit_codes import ERROR_PREFIX, USER_ERROR
 
 
 def user_error(error: ValueError) -> int:

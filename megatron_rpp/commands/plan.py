@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_rpp.commands.words import split
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.fields import flatten
 from megatron_rpp.config.load import load_config
@@ -26,19 +27,12 @@ model.path and nothing else of it; needs no GPU.
 
 Exit code: 0 if it fits; 1 if not, and then with settings that make it fit.
 """
-_OPTIONS = ("--gpus", "--gpu-memory-gb", "--json")
 
 
 def run(words: Sequence[str]) -> int:
     """Print the plan; 1 where it does not fit."""
-    if "--help" in words or "-h" in words:
-        sys.stdout.write(_USAGE)
-        return 0
-    options, rest = _options(words[1:])
-    files = [word for word in rest if not word.startswith("-")]
-    if not files:
-        raise ConfigError("no configuration file; write: rpp plan CONFIG.toml --gpus N")
-    config = load_config(files, [word for word in rest if word.startswith("-")])
+    given = split(words[1:], _USAGE, options=("--gpus", "--gpu-memory-gb", "--json"))
+    config, options, json_file = load_config(given.files, given.overrides), given.options, given.filled("--json")
     gpus = _positive_int("--gpus", options["--gpus"]) if "--gpus" in options else None
     gpu_gb = _positive("--gpu-memory-gb", options.get("--gpu-memory-gb", "80"))
     check_ranges(flatten(config))
@@ -46,8 +40,8 @@ def run(words: Sequence[str]) -> int:
         warnings.simplefilter("ignore")  # megatron tells of every optional package that is not installed
         text, report = _answer(config, gpus, gpu_gb * 2**30)
     sys.stdout.write(text)
-    if "--json" in options:
-        _write(options["--json"], report)
+    if json_file is not None:
+        _write(json_file, report)
     return 0 if report["fits"] else 1
 
 
@@ -62,21 +56,6 @@ def _answer(config: Config, gpus: int | None, gpu_bytes: float) -> tuple[str, di
         text += table.verdict(found, gpu_bytes, better)
         report["suggestion"] = better.as_dict() if better else None
     return text, report
-
-
-def _options(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """(this command's own options, written --gpus N or --gpus=N; the other words)."""
-    found: dict[str, str] = {}
-    others, left = [], list(words)
-    while left:
-        name, equals, value = left.pop(0).partition("=")
-        if name not in _OPTIONS:
-            others.append(name + equals + value)
-            continue
-        if not equals and not left:
-            raise ConfigError(f"{name} must be followed by a value")
-        found[name] = value if equals else left.pop(0)
-    return found, others
 
 
 def _positive_int(name: str, text: str) -> int:

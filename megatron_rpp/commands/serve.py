@@ -6,19 +6,20 @@ import ipaddress
 import logging
 import os
 import signal
-import socket
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from megatron_rpp.commands.words import split
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.load import load_config
 from megatron_rpp.config.preflight import claim_port, make_folders
 from megatron_rpp.config.schema import Config
 from megatron_rpp.config.validate import validate
 from megatron_rpp.observability.logs import LOGGER
+from megatron_rpp.parallel.environment import node_name
+from megatron_rpp.parallel.exit_codes import ERROR_PREFIX
 from megatron_rpp.parallel.interfaces import resolve
-from megatron_rpp.parallel.local_launch import ERROR_PREFIX
 
 _USAGE = """\
 rpp serve CONFIG.toml ... [--section.key=value ...] [--host ADDRESS]
@@ -51,9 +52,6 @@ class Seat:
 
 def run(words: Sequence[str]) -> int:
     """Serve until the job is over (exit code 0), or the server cannot be started (1)."""
-    if "--help" in words or "-h" in words:
-        sys.stdout.write(_USAGE)
-        return 0
     arguments = parse(words)
     config = load_config(arguments.files, [*arguments.overrides, "--rollout.registry=true"])
     seat = find_seat(config, os.environ)
@@ -62,26 +60,15 @@ def run(words: Sequence[str]) -> int:
 
 
 def parse(words: Sequence[str]) -> Arguments:
-    """Files, overrides and --host. Raises ConfigError."""
-    files: list[str] = []
-    overrides: list[str] = []
-    host: str | None = None
-    rest = iter(words[1:])
-    for word in rest:
-        if word == "--host":
-            host = next(rest, "")
-        elif word.startswith("--host="):
-            host = word.partition("=")[2]
-        else:
-            (overrides if word.startswith("-") else files).append(word)
-    if not files:
-        raise ConfigError("no configuration file; write: rpp serve CONFIG.toml")
-    return Arguments(tuple(files), tuple(overrides), None if host is None else _address(host))
+    """Files, overrides and --host. Raises ConfigError, HelpAsked."""
+    given = split(words[1:], _USAGE, options=("--host",))
+    host = given.options.get("--host")
+    return Arguments(given.files, given.overrides, None if host is None else _address(host))
 
 
 def find_seat(config: Config, env: Mapping[str, str]) -> Seat:
     """This process's place among those of its host. Two without srun log by their process ids."""
-    host, is_task = socket.gethostname(), "SLURM_LOCALID" in env
+    host, is_task = node_name(env), "SLURM_LOCALID" in env
     index = int(env["SLURM_LOCALID"]) if is_task else 0
     name = f"sglang-{host}-{index if is_task else os.getpid()}.txt"
     return Seat(host, index, name, _base_gpu(index, config.rollout.server_tensor, env.get("CUDA_VISIBLE_DEVICES")))
@@ -95,7 +82,7 @@ def check(config: Config, arguments: Arguments, seat: Seat) -> None:
     from megatron_rpp.model.checks import check_model
     from megatron_rpp.rollout.run_server import run_server
 
-    check_model(replace(config, rollout=replace(config.rollout, registry=False)), "train")  # as one who starts servers
+    check_model(config, "train")
     make_folders(config, "train")
     claim_port(config.rollout.port and config.rollout.port + seat.index, arguments.host or "0.0.0.0")
     run_server(config, seat.index, seat.log_name, base_gpu=seat.base_gpu).check()
@@ -132,7 +119,7 @@ def _serve(config: Config, arguments: Arguments, seat: Seat) -> int:
 def _address(host: str) -> str:
     """Of a name or an address. Raises ConfigError for one that is none, or stands for all."""
     advice = "pass --host=ADDRESS with one address of this host, that the job's rank 0 reaches"
-    address = resolve(host, socket.gethostname(), advice) if host else ""
+    address = resolve(host, node_name(), advice) if host else ""
     if not address or ipaddress.ip_address(address).is_unspecified:
         raise ConfigError(f"--host={host} is no address to announce; {advice}")
     return address

@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from megatron_rpp.commands.messages import error_line, user_error
+from megatron_rpp.commands.words import split
 from megatron_rpp.config.errors import ConfigError
+from megatron_rpp.config.job import Resume
 from megatron_rpp.config.load import describe, load_config
 from megatron_rpp.config.preflight import check_host, make_folders
 from megatron_rpp.config.schema import Config
 from megatron_rpp.config.validate import template_names, validate
 from megatron_rpp.parallel.environment import JobPlace, find_rank
-from megatron_rpp.parallel.exit_codes import INTERRUPTED, STOPPED
-from megatron_rpp.parallel.local_launch import ERROR_PREFIX, launch_local
+from megatron_rpp.parallel.exit_codes import ERROR_PREFIX, INTERRUPTED
+from megatron_rpp.parallel.local_launch import launch_local
 
-Resume = Literal["no", "yes", "auto"]  # auto: from the newest checkpoint, or from the start where there is none
-_SERVER_ERRORS = {"RolloutError", "WeightSyncError", "ParityError"}  # by name: their modules import torch
+_CLEAR_ERRORS = {"RolloutError", "WeightSyncError", "ParityError", "TakenOver"}  # by name: most modules import torch
 
 
 @dataclass(frozen=True)
@@ -33,32 +34,23 @@ class Arguments:
 
 
 def parse(words: Sequence[str]) -> Arguments:
-    """`train` or `sft`, its files, its overrides and --resume or --resume=auto. Raises ConfigError."""
-    command, rest = cast(Literal["train", "sft"], words[0]), list(words[1:])
-    asked = [word for word in rest if word.partition("=")[0] == "--resume"]
-    overrides = tuple(word for word in rest if word.startswith("-") and word not in asked)
-    files = tuple(word for word in rest if not word.startswith("-"))
-    if not files:
-        raise ConfigError(f"no configuration file; write: rpp {command} CONFIG.toml")
-    if command == "sft" and asked:
+    """`train` or `sft`, its files, its overrides and --resume or --resume=auto. Raises ConfigError, HelpAsked."""
+    command = cast(Literal["train", "sft"], words[0])
+    given = split(words[1:], _usage(command), flags=("--resume", "--resume=auto"))
+    unknown = [word for word in given.overrides if word.startswith("--resume=")]
+    if command == "sft" and (given.options or unknown):
         raise ConfigError("--resume is for `rpp train`; `rpp sft` starts over")
-    return Arguments(command, files, overrides, _resume(asked[-1]) if asked else "no")
-
-
-def _resume(word: str) -> Resume:
-    if word not in ("--resume", "--resume=auto"):
-        raise ConfigError(f"{word}: write --resume to continue a run, or --resume=auto to start it where there is none")
-    return "auto" if word == "--resume=auto" else "yes"
+    if unknown:
+        choice = "write --resume to continue a run, or --resume=auto to start it where there is none"
+        raise ConfigError(f"{unknown[0]}: {choice}")
+    resume: Resume = "auto" if "--resume=auto" in given.options else "yes" if given.options else "no"
+    return Arguments(command, given.files, given.overrides, resume)
 
 
 def run(words: Sequence[str]) -> int:
-    if "--help" in words or "-h" in words:
-        sys.stdout.write(_settings(words[0]))
-        return 0
     arguments = parse(words)
     config = load_config(arguments.files, arguments.overrides)
-    parallel = config.parallel
-    world_size = parallel.tensor * parallel.pipeline * parallel.data
+    world_size = config.parallel.world_size
     place = find_rank(world_size)
     if place is not None:
         return _run_rank(arguments, config, place)
@@ -109,12 +101,11 @@ def _run_rank(arguments: Arguments, config: Config, place: JobPlace) -> int:
         return INTERRUPTED
     except Exception as error:
         return _failed(config.run.dir, place, error)
-    if code == STOPPED:
-        # srun and mpirun end the ranks that are not as quick when the first one ends with another code than 0.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    # All is closed and every rank is here. Python's own end could take long on a busy machine, and srun and mpirun
+    # end the ranks that are not as quick when the first one ends with another code than 0 (STOPPED).
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _failed(run_dir: str, place: JobPlace, error: Exception) -> int:
@@ -123,24 +114,25 @@ def _failed(run_dir: str, place: JobPlace, error: Exception) -> int:
 
     from megatron_rpp.observability.logs import append_log, log_path, stderr_is_log
     from megatron_rpp.parallel.failures import report
-    from megatron_rpp.parallel.own_failure import failure_of
+    from megatron_rpp.parallel.own_failure import failure_of, is_users_mistake
 
     rank, trace = place.rank, "".join(traceback.format_exception(error))
-    append_log(run_dir, rank, trace + (error_line(error) if isinstance(error, ValueError) else ""))
-    report(run_dir, place.attempt, failure_of(error, rank, place.host), rank=rank, host=place.host)
-    if isinstance(error, ValueError):
+    append_log(run_dir, rank, trace + (error_line(error) if is_users_mistake(error) else ""))
+    failure = failure_of(error, rank, place.host)
+    report(run_dir, place.attempt, failure, rank=rank, host=place.host)
+    if is_users_mistake(error):
         return user_error(error)
-    if _SERVER_ERRORS & {kind.__name__ for kind in type(error).__mro__}:  # says by itself what happened
+    if _CLEAR_ERRORS & {kind.__name__ for kind in type(error).__mro__}:  # says by itself what happened
         if rank == 0:
             sys.stderr.write(f"{ERROR_PREFIX}{error}\nrpp: the traceback is in {log_path(run_dir, rank)}\n")
     elif not stderr_is_log(run_dir, rank):
         sys.stderr.write(trace)
-    return 1
+    return failure.exit_code
 
 
 def _check_world_size(config: Config, place: JobPlace) -> None:
     tensor, pipeline, data = config.parallel.tensor, config.parallel.pipeline, config.parallel.data
-    if place.world_size != tensor * pipeline * data:
+    if place.world_size != config.parallel.world_size:
         raise ConfigError(
             f"parallel.tensor={tensor} x parallel.pipeline={pipeline} x parallel.data={data} must equal "
             f"the number of ranks in the job, {place.world_size}"
@@ -165,8 +157,12 @@ def _call(arguments: Arguments, config: Config) -> int:
     return 0
 
 
-def _settings(command: str) -> str:
-    lines = [f"rpp {command} CONFIG.toml ... [--section.key=value ...]", ""]
+def _usage(command: str) -> str:
+    own = " [--resume[=auto]]" if command == "train" else ""
+    lines = [f"rpp {command} CONFIG.toml ... [--section.key=value ...]{own}", ""]
+    if own:
+        lines += ["  --resume        from the newest complete checkpoint of run.dir"]
+        lines += ["  --resume=auto   the same, or from the start where run.dir holds no run", ""]
     for key, kind, default, doc in describe():
         lines += [f"  --{key}=<{kind}>   default: {default!r}", f"      {doc}"]
     return "\n".join(lines) + "\n"

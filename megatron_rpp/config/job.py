@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Resume = Literal["no", "yes", "auto"]
+"""Of `rpp train`. auto: from the newest checkpoint, or from the start where there is none."""
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,11 @@ class ParallelConfig:
     expert_tensor: int = 1
     """Tensor-parallel size within an expert."""
 
+    @property
+    def world_size(self) -> int:
+        """Ranks of the trainer."""
+        return self.tensor * self.pipeline * self.data
+
 
 @dataclass(frozen=True)
 class AlgorithmConfig:

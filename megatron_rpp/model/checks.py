@@ -17,7 +17,8 @@ def check_model(config: Config, command: str) -> None:
     check_split(config.parallel, hf)
     check_lengths(config, hf)
     server_tensor = config.rollout.server_tensor
-    if config.rollout.spawns_servers and hf.num_attention_heads % server_tensor:
+    attaches = config.rollout.urls or config.rollout.urls_file  # those say their size themselves
+    if not attaches and hf.num_attention_heads % server_tensor:
         heads = f"num_attention_heads={hf.num_attention_heads}"
         raise ConfigError(f"rollout.server_tensor={server_tensor} must divide {heads}")
 

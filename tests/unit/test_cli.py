@@ -52,11 +52,23 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-HELP = [["--help"], ["train", "--help"], ["sft", "-h"], ["plan", "--help"], ["doctor", "--help"], []]
+HELP = [
+    ([], "rpp train CONFIG.toml"),
+    (["--help"], "rpp train CONFIG.toml"),
+    (["train", "--help"], "rpp train CONFIG.toml"),
+    (["sft", "-h"], "rpp sft CONFIG.toml"),
+    (["report", "--help"], "rpp report RUN_DIR"),
+    (["plan", "run.toml", "--help"], "rpp plan CONFIG.toml"),
+    (["doctor", "--help"], "rpp doctor CONFIG.toml"),
+    (["launch", "--help"], "rpp launch slurm CONFIG.toml"),
+    (["launch", "slurm", "--help"], "--dry-run "),
+    (["serve", "--help"], "rpp serve CONFIG.toml"),
+    (["slurm-job", "--help"], "rpp slurm-job CONFIG.toml"),
+]
 
 
-@pytest.mark.parametrize("words", HELP)
-def test_help_answers_fast_and_imports_nothing_heavy(words: list[str]) -> None:
+@pytest.mark.parametrize(("words", "expected"), HELP)
+def test_help_answers_fast_and_imports_nothing_heavy(words: list[str], expected: str) -> None:
     code = (
         "import sys; from megatron_rpp import cli; cli.main(sys.argv[1:]); "
         "heavy = {'torch', 'numpy', 'rich', 'transformers', 'requests'}; "
@@ -65,7 +77,7 @@ def test_help_answers_fast_and_imports_nothing_heavy(words: list[str]) -> None:
     before = cpu_seconds()
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=30)
     assert cpu_seconds() - before < 1.0  # not the wall clock: other tests may share the cores
-    assert f"rpp {words[0] if words and words[0] != '--help' else 'train'} CONFIG.toml" in done.stdout
+    assert expected in done.stdout
     assert done.stderr == "\n"
 
 
@@ -90,6 +102,10 @@ def test_a_bad_setting_is_told_without_importing_torch(project: Path) -> None:
     [
         (["walk"], "unknown command walk; it must be one of: train, sft, report, plan, doctor, launch, serve"),
         (["train"], "no configuration file; write: rpp train CONFIG.toml"),
+        (["slurm-job", "--run.steps=1"], "no configuration file; write: rpp slurm-job CONFIG.toml"),
+        (["launch", "slurm", "--nodes", "2"], "no configuration file; write: rpp launch slurm CONFIG.toml"),
+        (["launch", "slurm", "{}/run.toml", "--nodes=1", "--dryrun"], "cannot read the argument '--dryrun'"),
+        (["serve", "{}/run.toml", "--hots=here"], "unknown key hots in the command line"),
         (
             ["train", "{}/run.toml", "--run.stepz=1"],
             "unknown key run.stepz in the command line; did you mean",
@@ -97,6 +113,10 @@ def test_a_bad_setting_is_told_without_importing_torch(project: Path) -> None:
         (["train", "{}/run.toml", "--model.path="], "model.path is not set; pass --model.path=DIRECTORY"),
         (["train", "{}/run.toml", "--data.train.path={}/bad.jsonl"], "{}/bad.jsonl:2: "),
         (["train", "{}/run.toml", "--data.prompt_template={{question}}"], "{}/data.jsonl:1: no `question`"),
+        (
+            ["train", "{}/run.toml", "--rollout.registry=true", "--rollout.server_tensor=3"],
+            "rollout.server_tensor=3 must divide num_attention_heads=4",
+        ),
         (["sft", "{}/run.toml", "--resume"], "--resume is for `rpp train`"),
         (["sft", "{}/run.toml", "--resume=auto"], "--resume is for `rpp train`"),
         (["train", "{}/run.toml", "--resume=later"], "--resume=later: write --resume to continue a run"),
