@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from megatron_rpp.checkpoint.fence import Fence
 from megatron_rpp.checkpoint.find import find_checkpoint
@@ -16,6 +15,7 @@ from megatron_rpp.checkpoint.manager import Checkpointer
 from megatron_rpp.checkpoint.rng import restore_rng
 from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.checkpoint.sharded import load_checkpoint
+from megatron_rpp.config.job import Resume
 from megatron_rpp.config.load import dump_toml
 from megatron_rpp.config.schema import Config
 from megatron_rpp.data.prompts import PromptSource, load_prompts
@@ -44,8 +44,6 @@ from megatron_rpp.weight_sync.build import build_engine, check_weight_sync
 from megatron_rpp.weight_sync.synced_engine import SyncedRolloutEngine
 
 logger = logging.getLogger(__name__)
-
-Resume = Literal["no", "yes", "auto"]
 
 
 @dataclass
@@ -154,6 +152,7 @@ def open_session(config: Config, *, resume: Resume) -> Iterator[Session]:
         engine.sync(first_step)
         parity = ParityMonitor(RunParts(config, policy, engine, client, tokenizer))
         parity.load_state_dict(state.parity)
+        checkpointer.check_fence()  # from here on metrics.jsonl is written
         replica = parallel.dp_rank if parallel.is_replica_leader else None
         reporter = stack.enter_context(
             Reporter(config.run.dir, rank=parallel.rank, replica=replica, steps=range(first_step, config.run.steps))

@@ -25,6 +25,7 @@ from megatron_rpp.model.build import build_model
 from megatron_rpp.model.save_hf import save_hf
 from megatron_rpp.parallel import bootstrap
 from megatron_rpp.parallel.context import ParallelContext
+from megatron_rpp.parallel.own_failure import training_begins
 from megatron_rpp.parallel.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def _train(config: Config, parallel: ParallelContext, watchdog: Watchdog) -> Non
     )
     order = random.Random(config.run.seed)
     started = time.monotonic()
+    training_begins()
     for step in range(sft.steps):
         drawn = [order.choice(demonstrations) for _ in range(sft.batch_size)]
         mine = drawn[parallel.dp_rank :: parallel.dp_size]

@@ -6,6 +6,7 @@ prompts -> rollout (SGLang) -> reward -> collate -> score (policy and reference 
 
 from __future__ import annotations
 
+from megatron_rpp.config.job import Resume
 from megatron_rpp.config.schema import Config
 from megatron_rpp.engine.advantages import add_advantages
 from megatron_rpp.engine.score import score
@@ -15,7 +16,8 @@ from megatron_rpp.experience.collate import collate
 from megatron_rpp.greedy_baseline import greedy_rewards
 from megatron_rpp.parallel.collectives import from_replica_leader
 from megatron_rpp.parallel.exit_codes import STOPPED
-from megatron_rpp.session import Resume, Session, open_session
+from megatron_rpp.parallel.own_failure import training_begins
+from megatron_rpp.session import Session, open_session
 from megatron_rpp.step_metrics import step_metrics
 
 
@@ -25,6 +27,7 @@ def run(config: Config, *, resume: Resume) -> int:
     Returns the exit code: 0, or STOPPED where it was asked to save and stop before its end.
     """
     with open_session(config, resume=resume) as session:
+        training_begins()
         for step in range(session.first_step, config.run.steps):
             train_on_one_batch(session, step)
             if session.is_asked_to_stop() and step + 1 < config.run.steps:
@@ -59,6 +62,7 @@ def train_on_one_batch(s: Session, step: int) -> None:
     if is_due(step, s.config.eval.interval, s.config.run.steps):
         evals = evals or evaluate(s)
     metrics = step_metrics(s, batch, rollouts, {**parity.metrics, **advantage_stats, **train_stats, **evals})
+    s.checkpointer.check_fence()
     s.reporter.step(step, metrics, rollouts, rewards)
     if is_due(step, s.config.checkpoint.interval, s.config.run.steps):
         s.save(step + 1)  # after its metrics, which a resumed run does not write again

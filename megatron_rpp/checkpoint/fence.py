@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import socket
 import time
 import uuid
 from pathlib import Path
 
-from megatron_rpp.checkpoint.files import write_durably
-
-
-class TakenOver(OSError):
-    """Another job has claimed the run directory; this one must not write there any more."""
+from megatron_rpp.observability.files import write_whole
+from megatron_rpp.parallel.environment import node_name
+from megatron_rpp.parallel.exit_codes import TakenOver
 
 
 class Fence:
@@ -24,8 +21,8 @@ class Fence:
 
     def claim(self) -> None:
         """From here on the run directory is this job's."""
-        told = {"attempt": self._attempt, "token": self._token, "host": socket.gethostname(), "time": time.time()}
-        write_durably(self._path, json.dumps(told) + "\n")
+        told = {"attempt": self._attempt, "token": self._token, "host": node_name(), "time": time.time()}
+        write_whole(self._path, json.dumps(told) + "\n", durable=True)
 
     def check(self) -> None:
         """Raises TakenOver where another job has claimed it since."""

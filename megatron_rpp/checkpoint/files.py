@@ -7,34 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from megatron_rpp.observability.files import sync_path, write_whole
 
 MANIFEST = "manifest.json"
 _CHUNK_BYTES = 2**22
 _OF_OLD_VERSIONS = ("run_state.json", "metadata.json", ".metadata", "common.pt")  # which wrote no manifest
 FileFacts = dict[str, dict[str, Any]]
 """File name -> {"bytes": size, "sha256": hex}."""
-
-
-def sync_path(path: Path) -> None:
-    """What was written to the file or folder `path` is on disk when this returns."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace `path` by a file with `text`: whole or not at all, whatever fails."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    sync_path(partial)
-    os.replace(partial, path)
-    sync_path(path.parent)
 
 
 def facts_of(folder: Path, names: Iterable[str]) -> FileFacts:
@@ -60,7 +43,8 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     unknown = {path.name for path in folder.iterdir()} - facts.keys()
     if unknown:
         raise FileNotFoundError(f"{folder}: no rank has hashed {', '.join(sorted(unknown))}")
-    write_durably(folder / MANIFEST, json.dumps({"format": 1, "files": dict(sorted(facts.items()))}, indent=1))
+    told = json.dumps({"format": 1, "files": dict(sorted(facts.items()))}, indent=1)
+    write_whole(folder / MANIFEST, told, durable=True)
 
 
 def read_manifest(folder: Path) -> FileFacts | None:

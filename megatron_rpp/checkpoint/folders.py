@@ -15,7 +15,8 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_rpp.checkpoint.files import damage, sync_path
+from megatron_rpp.checkpoint.files import damage
+from megatron_rpp.observability.files import sync_path
 
 logger = logging.getLogger(__name__)
 

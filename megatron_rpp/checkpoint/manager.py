@@ -17,7 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_rpp.checkpoint.fence import Fence
-from megatron_rpp.checkpoint.files import FileFacts, damage, facts_of, sync_path, write_manifest
+from megatron_rpp.checkpoint.files import FileFacts, damage, facts_of, write_manifest
 from megatron_rpp.checkpoint.folders import leftovers, new_partial, prune, put_in_place, remove_all, step_folder
 from megatron_rpp.checkpoint.rng import rng_file, rng_state, save_rng
 from megatron_rpp.checkpoint.run_state import RunState
@@ -29,7 +29,9 @@ from megatron_rpp.engine.optimizer import Optimizer
 from megatron_rpp.model.build import Model
 from megatron_rpp.model.hf_io.model_files import copy_model_files
 from megatron_rpp.model.mtp_export import told_mtp
+from megatron_rpp.observability.files import sync_path
 from megatron_rpp.parallel.collectives import gather_errors, gather_objects, on_rank_0, words_of
+from megatron_rpp.parallel.exit_codes import TakenOver
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ _LAST_WAIT_S = 5.0
 class Checkpointer:
     """Writes the checkpoints of one run, one at a time. Every method but `abandon` is a collective of the whole job.
 
-    Errors are OSError on every rank, with file and reason; the checkpoints before stay as they are.
+    Errors are OSError on every rank, with file and reason, or TakenOver; the checkpoints before stay as they are.
     """
 
     def __init__(
@@ -53,8 +55,8 @@ class Checkpointer:
     ) -> None:
         """source: model directory whose config and tokenizer go into every checkpoint, so that it stands alone.
 
-        fence: checked on rank 0 before a checkpoint gets its name. on_whole: called there with the step, in the
-        writing thread, once it has it.
+        fence: of rank 0, checked there before a checkpoint gets its name. on_whole: called there with the step, in
+        the writing thread, once it has it.
         """
         self._run_dir, self._source = Path(run_dir), Path(source)
         self._config: CheckpointConfig = config
@@ -64,6 +66,11 @@ class Checkpointer:
         self._gather = partial(gather_objects, group=self._group)
         self._thread: threading.Thread | None = None
         self._error: str | None = None
+        self._is_taken_over = False  # rank 0 has found so, in the thread
+
+    def check_fence(self) -> None:
+        """Before anything else of the run directory is replaced. Raises TakenOver on every rank."""
+        on_rank_0(lambda: self._fence.check() if self._fence else None, expect=TakenOver, raises=TakenOver)
 
     def save(self, policy: Model, optimizer: Optimizer, state: RunState, *, wait: bool = False) -> None:
         """Start the checkpoint of `state.step`, after the one before is whole; a whole one of that step is left as is.
@@ -105,7 +112,8 @@ class Checkpointer:
         self._thread = None
         error, self._error = self._error, None
         if failed := gather_errors(error):
-            raise OSError(f"the checkpoint was not written: {failed}")
+            kind = TakenOver if any(gather_objects(self._is_taken_over)) else OSError
+            raise kind(f"the checkpoint was not written: {failed}")
 
     def abandon(self) -> None:
         """For a rank that fails: a checkpoint in the making is given some seconds, as other ranks may be gone."""
@@ -154,8 +162,11 @@ class Checkpointer:
 
     def _finish(self, folder: Path, final: Path, facts: FileFacts) -> None:
         write_manifest(folder, facts)
-        if self._fence is not None:
-            self._fence.check()
+        try:
+            self._fence.check() if self._fence else None
+        except TakenOver:
+            self._is_taken_over = True
+            raise
         put_in_place(folder, final)
         sync_path(final.parent.parent)
         prune(self._run_dir, self._config.keep, self._config.keep_every)

@@ -67,6 +67,12 @@ def without_memory() -> Iterator[None]:
         _instead = None
 
 
+def free_cached_memory() -> None:
+    """Give the GPU back what torch keeps of this rank's memory for its next tensors; nothing on CPU."""
+    if has_cuda():
+        torch.cuda.empty_cache()
+
+
 def dtype(name: str) -> torch.dtype:
     """The torch dtype of a config name such as "bfloat16"."""
     return DTYPES[name]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 import megatron_rpp
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.schema import SlurmConfig
+from megatron_rpp.parallel.environment import node_name
 from megatron_rpp.slurm.client import hostnames
 from megatron_rpp.slurm.srun import container_prefix, srun
 
@@ -56,7 +56,7 @@ class Places:
 def find_places(env: Mapping[str, str] = os.environ) -> Places:
     """By SLURM's variables. Raises ConfigError in one of several tasks of a step."""
     if "SLURM_JOB_ID" not in env or "SLURM_JOB_NODELIST" not in env:
-        here = (socket.gethostname(),)
+        here = (node_name(env),)
         return Places((Group(here, is_slurm=False),), here, here)
     if int(env.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
         raise ConfigError("`rpp doctor` starts on every node itself; run it once in the job, without srun")

@@ -18,7 +18,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from megatron_rpp.doctor.wire import node_name, to_lines
+from megatron_rpp.doctor.wire import to_lines
+from megatron_rpp.parallel.environment import node_name
 
 _CHECKS = "megatron_rpp.doctor.checks"
 _GRACE_S = 3.0  # for a measurement that was under way

@@ -7,18 +7,11 @@ or the ports between nodes are broken. It passes output on in pieces of 1024 byt
 from __future__ import annotations
 
 import json
-import os
-import socket
 from collections.abc import Mapping
 from typing import Any
 
 _MARK = "rpp-probe"
 _PIECE = 600  # characters, all of them ASCII
-
-
-def node_name() -> str:
-    """This node as SLURM calls it, or the host outside of SLURM."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def to_lines(node: str, message: Mapping[str, Any]) -> list[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+from megatron_rpp.observability.files import write_whole
 
 
 class PromptLike(Protocol):
@@ -56,11 +57,8 @@ def write_rollouts(
     """Write one object a response; a step that is run again replaces its file whole."""
     path = rollouts_path(run_dir, step, replica)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for rollout, reward in zip(rollouts, rewards, strict=True):
-            file.write(json.dumps(_record(rollout, float(reward)), ensure_ascii=False) + "\n")
-    os.replace(partial, path)
+    records = (_record(rollout, float(reward)) for rollout, reward in zip(rollouts, rewards, strict=True))
+    write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     return path
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megatron_rpp.observability.files import write_whole
+
 
 def metrics_path(run_dir: str | Path) -> Path:
     """One JSON object a step."""
@@ -72,9 +74,7 @@ def _cut(run_dir: str | Path, resume_step: int) -> None:
     if not path.exists():
         return
     kept = [record for record in read_metrics(run_dir) if record["step"] < resume_step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept), durable=True)
 
 
 def _tensorboard(run_dir: str | Path, resume_step: int) -> Any:

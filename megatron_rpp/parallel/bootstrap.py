@@ -9,11 +9,12 @@ import torch.distributed as dist
 
 from megatron_rpp import device
 from megatron_rpp.config.schema import ParallelConfig
-from megatron_rpp.parallel import rendezvous
 from megatron_rpp.parallel.context import ParallelContext
 from megatron_rpp.parallel.environment import JobPlace, find_job, single_place
 from megatron_rpp.parallel.exchange import Exchange
 from megatron_rpp.parallel.interfaces import choose_interfaces
+from megatron_rpp.parallel.rendezvous import open_store
+from megatron_rpp.parallel.rendezvous_file import rendezvous_of, withdraw
 from megatron_rpp.parallel.roll_call import Presence, check_presence
 
 START_TIMEOUT = timedelta(minutes=10)
@@ -31,14 +32,15 @@ def initialize(
     ConfigError where the environment contradicts itself, on every rank that can know.
     """
     place = find_job() or single_place()
-    world_size = config.tensor * config.pipeline * config.data
-    assert place.world_size == world_size, "cli checks it for the user"
+    assert place.world_size == config.world_size, "cli checks it for the user"
     device.select(place.local_rank)
-    store = rendezvous.open_store(place, run_dir, START_TIMEOUT)
+    store = open_store(place, run_dir, START_TIMEOUT)
     place = _meet(place, store)
     timeout = COLLECTIVE_TIMEOUT + timedelta(seconds=longest_wait_s)
     store.set_timeout(timeout)
-    dist.init_process_group(device.backend(), store=store, rank=place.rank, world_size=world_size, timeout=timeout)
+    dist.init_process_group(
+        device.backend(), store=store, rank=place.rank, world_size=place.world_size, timeout=timeout
+    )
     return megatron_groups(config, seed, store, place)
 
 
@@ -49,7 +51,7 @@ def _meet(place: JobPlace, store: dist.Store) -> JobPlace:
         "start", presence, START_TIMEOUT.total_seconds()
     )
     check_presence(everyone)
-    here = rendezvous.rendezvous_of(store)
+    here = rendezvous_of(store)
     choose_interfaces(here.address)
     return replace(place, attempt=here.attempt)
 
@@ -89,4 +91,4 @@ def shutdown() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-    rendezvous.withdraw()
+    withdraw()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_rpp.observability.files import write_whole
 from megatron_rpp.observability.logs import log_path, tail
 
 KINDS = ("error", "lost", "stall", "peer", "signal")
@@ -28,6 +28,11 @@ class Failure:
     lost_hosts: tuple[str, ...]  # hosts none of whose ranks gave a sign of life
     time: float  # Unix seconds
     exit_code: int = 1  # of the ranks that end because of it
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Failure:
+        """From what `asdict` gave, as JSON has kept it. Raises KeyError or TypeError for other fields."""
+        return cls(**{**fields, "lost_hosts": tuple(fields["lost_hosts"])})
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host or 'an unknown host'}: {self.message}"
@@ -51,16 +56,11 @@ def report(run_dir: str | Path, attempt: str, failure: Failure, *, rank: int, ho
     Best effort: a full or lost disk must not take the place of the error.
     """
     path = folder(run_dir, attempt) / f"rank-{rank}.json"
-    part = path.with_suffix(f".part{os.getpid()}")
     with contextlib.suppress(OSError):
         if path.exists():
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            part.write_text(json.dumps({"by": {"rank": rank, "host": host}, **asdict(failure)}), encoding="utf-8")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(path, json.dumps({"by": {"rank": rank, "host": host}, **asdict(failure)}))
 
 
 def causes(run_dir: str | Path, attempt: str) -> list[Failure]:
@@ -88,7 +88,7 @@ def _read(path: Path) -> _Report | None:
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         by = fields.pop("by")
-        failure = Failure(**{**fields, "lost_hosts": tuple(fields["lost_hosts"])})
+        failure = Failure.from_json(fields)
         KINDS.index(failure.kind)
         return _Report(failure, int(by["rank"]), str(by["host"]))
     except (OSError, ValueError, KeyError, TypeError):

@@ -69,8 +69,7 @@ class Board:
 
 
 def _verdict(value: bytes) -> Failure:
-    fields = json.loads(value)
-    return Failure(**{**fields, "lost_hosts": tuple(fields["lost_hosts"])})
+    return Failure.from_json(json.loads(value))
 
 
 class Judge:

@@ -67,14 +67,20 @@ def reachable_address(host: str) -> str:
     return address
 
 
+def address_towards(host: str, port: int) -> str:
+    """The address of this host on the route to `host`, IPv6 too. Raises OSError where there is none."""
+    family, *_, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:  # connects nothing, only picks a route
+        probe.connect(target)
+        return str(probe.getsockname()[0])
+
+
 def interface_to(address: str) -> str | None:
     """The interface that traffic to `address` leaves by (for an own address, its own); None where there is none."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((address, 9))  # sends nothing
-        except OSError:
-            return None
-        source = probe.getsockname()[0]
+    try:
+        source = address_towards(address, 9)
+    except OSError:
+        return None
     return next((name for name, own in interfaces().items() if own == source), None)
 
 

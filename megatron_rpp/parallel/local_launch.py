@@ -19,18 +19,16 @@ from types import FrameType
 
 from megatron_rpp.observability.logs import log_path, tail
 from megatron_rpp.parallel import failures
-from megatron_rpp.parallel.exit_codes import STOPPED, USER_ERROR
+from megatron_rpp.parallel.environment import node_name
+from megatron_rpp.parallel.exit_codes import ENDED_BY_SIGNAL, ERROR_PREFIX, STOPPED, TAKEN_OVER, USER_ERROR
 from megatron_rpp.parallel.failures import LINES_SHOWN, Failure
 from megatron_rpp.parallel.rank_process import GRACE_S, spawn_rank
 
-ERROR_PREFIX = "rpp: error: "
-"""How the one line begins that a user's mistake ends with."""
-
 POLL_S = 0.05
 SETTLE_S = 1.0
-TELL_S = 10.0  # a user's error is mostly every rank's; on a busy machine rank 0, which tells it, may end late
 """Once a rank has failed, another may be about to tell the user why; it has this long."""
-INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+TELL_S = 10.0
+"""And rank 0 this long where a rank found a user's mistake: mostly all do, and on a busy machine 0 may be late."""
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -38,8 +36,8 @@ def launch_local(argv: Sequence[str], world_size: int, run_dir: str | Path) -> i
     """Run `argv` once a rank with torchrun's variables, and return the job's exit code.
 
     Rank 0 has the terminal; the others write to RUN_DIR/logs/rank-N.txt. When a rank fails the others
-    are ended; the code is 2 where any rank ended with 2, else that of the first that failed. It is STOPPED
-    where all ended well, having saved at a safe point.
+    are ended; the code is 2 where any rank ended with 2, TAKEN_OVER where any ended with that, else that of the first
+    that failed. It is STOPPED where all ended well, having saved at a safe point.
     """
     log_path(run_dir, 0).parent.mkdir(parents=True, exist_ok=True)
     job = _Job(Path(run_dir))
@@ -121,7 +119,8 @@ def _fail(job: _Job) -> int:
             _show([_told_line(job, told[0])])
         return USER_ERROR
     _show_failure(job, first)
-    return _code(job.ranks[first])
+    codes = [_code(job.ranks[n]) for n in job.failed()]
+    return TAKEN_OVER if TAKEN_OVER in codes else _code(job.ranks[first])
 
 
 def _told_line(job: _Job, rank: int) -> str:
@@ -132,10 +131,10 @@ def _told_line(job: _Job, rank: int) -> str:
 
 def _report_killed(job: _Job) -> None:
     """Ranks that were ended by a signal, not by this launcher, had no time to report it themselves."""
-    host = socket.gethostname()
+    host = node_name()
     for n in job.failed():
         code = job.ranks[n].returncode
-        if code < 0 and _code(job.ranks[n]) not in INTERRUPTED:
+        if code < 0 and _code(job.ranks[n]) not in ENDED_BY_SIGNAL:
             failure = Failure(n, host, "lost", f"was ended by {signal.Signals(-code).name}", (), time.time())
             failures.report(job.run_dir, job.attempt, failure, rank=n, host=host)
 
@@ -150,7 +149,7 @@ def _show_failure(job: _Job, rank: int) -> None:
         return
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     _show([f"rpp: rank {rank} {how}"])
-    if rank and _code(job.ranks[rank]) not in INTERRUPTED:
+    if rank and _code(job.ranks[rank]) not in ENDED_BY_SIGNAL:
         _show([f"rpp: the end of {log_path(job.run_dir, rank)}:", *_log(job, rank)])
 
 

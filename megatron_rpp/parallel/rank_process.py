@@ -73,18 +73,18 @@ def exit_on_sigterm(grace_s: float = GRACE_S) -> None:
     """Turn SIGTERM into SystemExit, so that `finally` blocks stop the rollout server.
 
     Python runs a handler only between byte codes, and a rank may sit in a collective that never ends;
-    a watchdog thread therefore ends the process `grace_s` after the signal.
+    a thread therefore ends the process `grace_s` after the signal.
     """
     read_fd, write_fd = os.pipe()
     os.set_blocking(write_fd, False)
     signal.signal(signal.SIGTERM, _raise_exit)
     signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=_forget)
-    threading.Thread(target=_watchdog, args=(read_fd, grace_s), daemon=True).start()
+    threading.Thread(target=_end_after_grace, args=(read_fd, grace_s), daemon=True).start()
 
 
 def _forget() -> None:
-    """In a forked worker: its SIGTERM must end it alone, and not wake the watchdog of the rank."""
+    """In a forked worker: its SIGTERM must end it alone, and not wake the thread of the rank."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -93,7 +93,7 @@ def _raise_exit(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def _watchdog(read_fd: int, grace_s: float) -> None:
+def _end_after_grace(read_fd: int, grace_s: float) -> None:
     while signal.SIGTERM not in os.read(read_fd, 64):
         pass
     time.sleep(grace_s)

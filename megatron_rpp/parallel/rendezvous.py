@@ -6,11 +6,11 @@ run.dir is known, RUN_DIR/rendezvous/ATTEMPT.json tells the others of the job, t
 
 from __future__ import annotations
 
-import json
 import os
+import random
 import socket
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,42 +19,21 @@ import torch.distributed as dist
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.parallel.environment import JobPlace
 from megatron_rpp.parallel.interfaces import LOOPBACK, is_loopback, reachable_address, resolve
+from megatron_rpp.parallel.rendezvous_file import KEY, Rendezvous, file_of, publish, publish_error, read
 
-POLL_S = 0.1
+SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+"""Between two looks for rank 0's file, in a small job and in a large one."""
+READS_PER_S = 500
+"""About so many looks of all ranks together does the job ask of the shared file system."""
+LISTING_S = 5.0
 CONNECT_S = 10.0
 """For one try to reach the store; a file may still name one that is gone."""
-_KEY = "rendezvous"
-_published: list[Path] = []
-
-
-@dataclass(frozen=True)
-class Rendezvous:
-    """Where the store of one start of a job listens."""
-
-    attempt: str
-    host: str  # rank 0's
-    address: str
-    port: int
-    world_size: int
-    time: float  # when the store was opened, in seconds since 1970
-    prefix: str = ""  # of the job's keys, where the store is not the job's alone
-
-    def connect(self, timeout: timedelta) -> dist.Store:
-        """The job's store, as one more client. Raises ConnectionError where it is gone, or is another job's."""
-        try:
-            store = _client(self, timeout)
-            found = store.get(_KEY).decode()
-        except dist.DistError as error:
-            raise ConnectionError(f"no store answers at {self.address}:{self.port}") from error
-        if found != _packed(self):
-            raise ConnectionError(f"{self.address}:{self.port} is the store of another job")
-        return store
 
 
 def open_store(place: JobPlace, run_dir: str | None, timeout: timedelta) -> dist.Store:
     """Meet the job's other ranks: its store, on each. They have `timeout` to come.
 
-    `rendezvous_of` tells where it is. Raises ConfigError.
+    `rendezvous_of` (rendezvous_file.py) tells where it is. Raises ConfigError.
     """
     if place.launcher in ("rpp", "torchrun"):
         return _by_variables(place, run_dir, timeout)
@@ -65,23 +44,6 @@ def open_store(place: JobPlace, run_dir: str | None, timeout: timedelta) -> dist
     if place.rank == 0:
         return _open_or_tell(place, run_dir, timeout)
     return _by_file(place, Path(str(run_dir)), timeout)
-
-
-def rendezvous_of(store: dist.Store) -> Rendezvous:
-    """Where `store`, which open_store gave, listens; and the name of this start of the job."""
-    return Rendezvous(**json.loads(store.get(_KEY)))
-
-
-def newest_rendezvous(run_dir: str | Path) -> Rendezvous | None:
-    """The last store that a job in `run_dir` has opened; it may be gone, where that job was killed."""
-    found = [each for path in _folder(run_dir).glob("*.json") if isinstance(each := _read(path), Rendezvous)]
-    return max(found, key=lambda each: each.time, default=None)
-
-
-def withdraw() -> None:
-    """Remove the file in which this process has said where its store is."""
-    while _published:
-        _published.pop().unlink(missing_ok=True)
 
 
 def _open(place: JobPlace) -> tuple[dist.Store, Rendezvous]:
@@ -97,7 +59,7 @@ def _open(place: JobPlace) -> tuple[dist.Store, Rendezvous]:
     store = dist.TCPStore(
         LOOPBACK, here.port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
     )
-    store.set(_KEY, _packed(here))
+    store.set(KEY, here.packed())
     return store, here
 
 
@@ -107,19 +69,19 @@ def _open_or_tell(place: JobPlace, run_dir: str | None, timeout: timedelta) -> d
         store, here = _open(place)
     except ConfigError as error:
         if run_dir is not None:
-            _write(_path(run_dir, place.attempt), {"attempt": place.attempt, "error": str(error)})
+            publish_error(run_dir, place.attempt, str(error))
         raise
-    _publish(here, run_dir)
+    publish(here, run_dir)
     store.set_timeout(timeout)
     return store
 
 
 def _by_file(place: JobPlace, run_dir: Path, timeout: timedelta) -> dist.Store:
-    path, deadline = _path(run_dir, place.attempt), time.monotonic() + timeout.total_seconds()
+    path, now = file_of(run_dir, place.attempt), time.monotonic()
+    deadline, listed = now + timeout.total_seconds(), now
     why = f"{path} is not there: run.dir must be a folder that all nodes share"
-    while time.monotonic() < deadline:
-        os.listdir(path.parent) if path.parent.is_dir() else None  # has NFS look anew
-        found = _read(path)
+    while now < deadline:
+        found = read(path)
         if isinstance(found, str):
             raise ConfigError(found)
         if found is not None:
@@ -129,8 +91,17 @@ def _by_file(place: JobPlace, run_dir: Path, timeout: timedelta) -> dist.Store:
                 return store
             except ConnectionError as error:
                 why = f"{error}: rank 0 on host {found.host} has ended, or a firewall is between"
-        time.sleep(POLL_S)
+        elif now - listed > LISTING_S and path.parent.is_dir():
+            os.listdir(path.parent)  # has NFS look anew for a name that it has not found before
+            listed = now
+        time.sleep(min(_pause_s(place.world_size), max(0.0, deadline - now)))
+        now = time.monotonic()
     raise ConfigError(f"rank {place.rank} on host {place.host} did not find rank 0; {why}")
+
+
+def _pause_s(world_size: int) -> float:
+    """Between two looks for the file; the ranks must not come all at once."""
+    return random.uniform(0.5, 1.5) * min(max(world_size / READS_PER_S, SHORTEST_PAUSE_S), LONGEST_PAUSE_S)
 
 
 def _by_broadcast(place: JobPlace, run_dir: str | None, timeout: timedelta) -> dist.Store:
@@ -155,7 +126,7 @@ def _by_broadcast(place: JobPlace, run_dir: str | None, timeout: timedelta) -> d
             world.bcast(error)
             raise
         world.bcast(here)
-        _publish(here, run_dir)
+        publish(here, run_dir)
         store.set_timeout(timeout)
         return store
     told = world.bcast(None)
@@ -183,8 +154,8 @@ def _by_variables(place: JobPlace, run_dir: str | None, timeout: timedelta) -> d
     else:
         store, here = _open_as_told(here)
     if place.rank == 0:
-        store.set(_KEY, _packed(here))
-        _publish(here, run_dir)
+        store.set(KEY, here.packed())
+        publish(here, run_dir)
     store.set_timeout(timeout)
     return store
 
@@ -204,8 +175,8 @@ def _open_as_told(here: Rendezvous) -> tuple[dist.Store, Rendezvous]:
 
 def _reach(there: Rendezvous, place: JobPlace, timeout: timedelta) -> dist.Store:
     try:
-        store = _client(there, timeout)
-        store.get(_KEY) if place.rank else None  # rank 0 writes it
+        store = there.client(timeout)
+        store.get(KEY) if place.rank else None  # rank 0 writes it
     except dist.DistError as error:
         raise ConfigError(
             f"rank {place.rank} on host {place.host} cannot reach rank 0's store at {there.address}:{there.port} in "
@@ -214,48 +185,7 @@ def _reach(there: Rendezvous, place: JobPlace, timeout: timedelta) -> dist.Store
     return store
 
 
-def _client(there: Rendezvous, timeout: timedelta) -> dist.Store:
-    store = dist.TCPStore(there.address, there.port, is_master=False, wait_for_workers=False, timeout=timeout)
-    return dist.PrefixStore(there.prefix, store) if there.prefix else store
-
-
 def _unique(place: JobPlace) -> str:
     if place.has_unique_attempt:
         return place.attempt
     return f"{place.attempt}.{time.strftime('%Y%m%d-%H%M%S')}.{os.getpid()}"
-
-
-def _publish(here: Rendezvous, run_dir: str | None) -> None:
-    if run_dir is not None:
-        path = _path(run_dir, here.attempt)
-        _write(path, asdict(here))
-        _published.append(path)
-
-
-def _packed(here: Rendezvous) -> str:
-    return json.dumps(asdict(here))
-
-
-def _folder(run_dir: str | Path) -> Path:
-    return Path(run_dir) / "rendezvous"
-
-
-def _path(run_dir: str | Path, attempt: str) -> Path:
-    return _folder(run_dir) / f"{attempt}.json"
-
-
-def _write(path: Path, content: dict[str, object]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".part-{os.getpid()}")
-    part.write_text(json.dumps(content))
-    os.replace(part, path)
-
-
-def _read(path: Path) -> Rendezvous | str | None:
-    """The file's store, rank 0's error, or None where there is no file (any more)."""
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    return str(content["error"]) if "error" in content else Rendezvous(**content)

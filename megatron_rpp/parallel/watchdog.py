@@ -8,15 +8,12 @@ host is gone.
 
 from __future__ import annotations
 
-import faulthandler
 import math
-import os
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,11 +22,10 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from megatron_rpp.config.job import WatchdogConfig
-from megatron_rpp.observability.logs import log_path
 from megatron_rpp.parallel import heartbeats
-from megatron_rpp.parallel.exit_codes import USER_ERROR
-from megatron_rpp.parallel.failures import Failure, report
+from megatron_rpp.parallel.failures import Failure
 from megatron_rpp.parallel.heartbeats import Beat, Board, Judge
+from megatron_rpp.parallel.last_words import LINGER_S, LastWords
 from megatron_rpp.parallel.own_failure import failure_of
 from megatron_rpp.parallel.peer_errors import is_echo
 
@@ -44,8 +40,6 @@ SAME_ERROR_S = 2.0
 """After a failure of another rank, this one may be about to raise the same, and to tell the user better."""
 TEARDOWN_S = 10.0
 """A rank that ends by its own error has so long to stop what it started."""
-LINGER_S = 2.0
-"""Rank 0, whose end ends the store, waits so long for the others to read the verdict."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,8 @@ class Watchdog:
 
         The folder of the ranks' logs is made.
         """
-        self._original_store, self._place, self._run_dir, self._config = store, place, run_dir, config
+        self._original_store, self._place, self._config = store, place, config
+        self._words = LastWords(place, run_dir)
         self._interval_s = min(max(config.heartbeat_deadline_s / 10, 0.2), 3.0)
         self._poll_s = min(POLL_S * max(1.0, place.world_size / RANKS_PER_POLL), self._interval_s)
         self._board = Board(store, place.rank, place.host)
@@ -86,18 +81,14 @@ class Watchdog:
         self._phase = _Phase("start", time.monotonic(), config.stall_deadline_s + start_deadline_s)
         self._claim: Failure | None = None  # to be declared
         self._verdict: Failure | None = None
-        self._traceback = ""  # of this rank's own error, until that has been logged by who caught it
         self._wake, self._known = threading.Event(), threading.Event()  # there is something to tell; the verdict came
         self._tears_down, self._told, self._closed = threading.Event(), threading.Event(), threading.Event()
-        log = log_path(run_dir, place.rank)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        self._log = log.open("ab", buffering=0)
         self._threads = [threading.Thread(target=each, daemon=True) for each in (self._talk, self._guard)]
 
     def __enter__(self) -> Watchdog:
         self._board.join(self._place.world_size)
         self._look(0.0)
-        self._arm()
+        self._words.arm(self._config.heartbeat_deadline_s)
         self._last_look = self._last_talk = time.monotonic()
         for thread in self._threads:
             thread.start()
@@ -116,8 +107,7 @@ class Watchdog:
         self._closed.set()
         for thread in self._threads:
             thread.join(timeout=LINGER_S)
-        faulthandler.cancel_dump_traceback_later()
-        self._log.close()
+        self._words.close()
 
     @contextmanager
     def phase(self, name: str, deadline_s: float = 0.0) -> Iterator[None]:
@@ -145,7 +135,7 @@ class Watchdog:
         """This rank ends by `error`."""
         if self._tears_down.is_set():
             return
-        self._traceback = "".join(traceback.format_exception(error))
+        self._words.traceback = "".join(traceback.format_exception(error))
         if is_echo(error) and self._place.world_size > 1:
             self._is_broken = True
             self._wake.set()
@@ -153,7 +143,7 @@ class Watchdog:
                 self._closed.wait()  # the other thread ends the process
         self._tears_down.set()
         failure = failure_of(error, self._place.rank, self._place.host)
-        report(self._run_dir, self._place.attempt, failure, rank=self._place.rank, host=self._place.host)
+        self._words.report(failure)
         self._tell(failure)
         self._known.wait(LINGER_S)
 
@@ -197,16 +187,12 @@ class Watchdog:
         if self._state != self._written_state or now - self._last_beat >= pause_s:
             self._written_state, self._last_beat = self._state, now
             self._board.beat(self._written_state)
-            self._arm()
+            self._words.arm(self._config.heartbeat_deadline_s)
         is_closing = self._state == heartbeats.DONE and self._place.rank == 0
         if is_closing or now - self._last_look >= pause_s:
             self._look(now - self._last_look)
             self._last_look = now
         self._last_talk = time.monotonic()
-
-    def _arm(self) -> None:
-        """Where no beat follows, show in the log where this rank is; that needs no GIL, which it may hold for good."""
-        faulthandler.dump_traceback_later(self._config.heartbeat_deadline_s, file=self._log)
 
     def _look(self, elapsed_s: float) -> None:
         """Rank 0 looks at all, the others at rank 0, whose store may outlive it."""
@@ -234,25 +220,13 @@ class Watchdog:
     def _act(self, verdict: Failure) -> None:
         """On the verdict: end the process, unless this rank is ending already."""
         if verdict.kind != heartbeats.OVER:
-            report(self._run_dir, self._place.attempt, verdict, rank=self._place.rank, host=self._place.host)
+            self._words.report(verdict)
             if verdict.kind in ("error", "signal") and verdict.rank != self._place.rank:
                 self._tears_down.wait(SAME_ERROR_S)
-        self._acknowledge(verdict)
+        self._words.acknowledge(self._board, verdict)
         self._told.set()
         if verdict.kind != heartbeats.OVER and not self._tears_down.is_set():
-            self._end(verdict)
-
-    def _acknowledge(self, verdict: Failure) -> None:
-        """Say that it is known; on rank 0, whose end ends the store, wait for all to say so."""
-        has_time = verdict.kind != "signal"  # who was told to end is soon killed, and so were the others told
-        deadline = time.monotonic() + (LINGER_S if has_time else 0.0)
-        with suppress(dist.DistError):  # the store has ended before this rank
-            self._board.beat(heartbeats.SEEN)
-            while self._place.rank == 0 and time.monotonic() < deadline:
-                beats = self._board.beats(range(self._place.world_size)).values()
-                if all(beat.state == heartbeats.SEEN or beat.host in verdict.lost_hosts for beat in beats):
-                    return
-                time.sleep(CLOSING_POLL_S)
+            self._words.end(verdict)
 
     # The thread that measures time
 
@@ -268,8 +242,8 @@ class Watchdog:
                 return
             if silent_s > self._config.heartbeat_deadline_s:
                 gone = self._lost([0], f"the job's store at its host does not answer for {silent_s:.0f} s")
-                report(self._run_dir, self._place.attempt, gone, rank=self._place.rank, host=self._place.host)
-                self._end(gone)
+                self._words.report(gone)
+                self._words.end(gone)
             phase = self._phase
             if now - phase.started > phase.limit_s:
                 message = f"the phase {phase.name} has taken {now - phase.started:.0f} s without an end"
@@ -278,24 +252,4 @@ class Watchdog:
     def _guard_the_end(self, verdict: Failure) -> None:
         """Teardown may hang in what the lost rank has left behind."""
         if verdict.kind != heartbeats.OVER and not self._closed.wait(LINGER_S + SAME_ERROR_S + TEARDOWN_S):
-            self._end(verdict)
-
-    def _end(self, verdict: Failure) -> None:
-        """Dump what every thread is at, and end the process."""
-        line = f"rpp: {verdict}\n"
-        if verdict.exit_code == USER_ERROR:
-            line = f"rpp: error: {verdict.message}\n"
-        faulthandler.cancel_dump_traceback_later()
-        try:
-            self._log.write(f"{self._traceback}{line}rpp: the stacks of this rank, {self._place.rank}:\n".encode())
-            faulthandler.dump_traceback(file=self._log, all_threads=True)
-            if self._speaks(verdict):
-                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, line.encode())
-        finally:
-            os._exit(verdict.exit_code)
-
-    def _speaks(self, verdict: Failure) -> bool:
-        """Whether this rank tells the user: one does, as far as that can be known without rank 0."""
-        if self._place.launcher == "rpp" and verdict.exit_code != USER_ERROR:
-            return False  # the launcher does
-        return self._place.rank == 0 or (verdict.rank == 0 and self._place.rank == 1)
+            self._words.end(verdict)

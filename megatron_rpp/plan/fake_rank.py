@@ -33,7 +33,7 @@ def fake_rank(config: ParallelConfig) -> Iterator[ParallelContext]:
     if dist.is_initialized():
         raise ValueError("a plan is made by a process of its own, outside of a job: run `rpp plan`")
     store = FakeStore()
-    world_size = config.tensor * config.pipeline * config.data
+    world_size = config.world_size
     dist.init_process_group("fake", store=store, rank=0, world_size=world_size)
     try:
         parallel = bootstrap.megatron_groups(config, 0, store, replace(single_place(), world_size=world_size))

@@ -9,9 +9,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron_rpp.parallel.interfaces import is_loopback
-from megatron_rpp.parallel.rendezvous import Rendezvous, newest_rendezvous
-from megatron_rpp.rollout.addresses import address_towards
+from megatron_rpp.parallel.environment import node_name
+from megatron_rpp.parallel.interfaces import address_towards, is_loopback
+from megatron_rpp.parallel.rendezvous_file import Rendezvous, newest_rendezvous
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class JobStore:
             self.own_address = address_towards(place.address, place.port)
         except OSError as error:
             self._trouble = f"{error} (job {place.attempt}, whose rank 0 is on host {place.host})"
-            if is_loopback(place.address) and place.host != socket.gethostname():
+            if is_loopback(place.address) and place.host != node_name():
                 self._trouble += "; only its own host reaches that: start the job with srun, mpirun or torchrun"
             return
         self.store, self.rendezvous, self._has_found = store, place, True

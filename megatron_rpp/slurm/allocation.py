@@ -56,7 +56,7 @@ class Allocation:
 
 def world_size(config: Config) -> int:
     """Ranks of the trainer."""
-    return config.parallel.tensor * config.parallel.pipeline * config.parallel.data
+    return config.parallel.world_size
 
 
 def ranks_per_node(config: Config, nodes: int) -> int:

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_rpp import device
-from megatron_rpp.parallel.interfaces import choose_interfaces
-from megatron_rpp.rollout.addresses import address_towards
+from megatron_rpp.parallel.interfaces import address_towards, choose_interfaces
 from megatron_rpp.rollout.fleet import Server
 from megatron_rpp.rollout.http import post_json
 from megatron_rpp.rollout.protocol import RolloutError

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from megatron_rpp import device
 from megatron_rpp.config.schema import WeightSyncConfig
 from megatron_rpp.model.build import Model
 from megatron_rpp.model.export_hf import takes_part_in_export
@@ -47,10 +48,12 @@ class Transaction:
         """Raises WeightSyncError on every rank; then no server keeps a version that it was not verified to hold."""
         start = time.monotonic()
         verification = Verification(self.policy.hf, self.servers, self.version, self.config)
-        self.phases.run(self.phases.deadline("arrive"))
+        self._arrive()
         try:
             self._on_servers("begin", self._begin)
             sent = self._send(verification)
+            if self.released:
+                self._arrive()
             send_s = time.monotonic() - start
             self._on_servers("commit", self._commit)
             verification.run(self.phases, is_leader=self.policy.parallel.is_stage_leader)
@@ -62,6 +65,12 @@ class Transaction:
         self.transport.settle(verified=True)
         total_s = time.monotonic() - start
         return SyncReport(self.transport.name, self.version, sent, send_s, total_s, len(self.servers))
+
+    def _arrive(self) -> None:
+        """Wait for all ranks, each of which has made room where servers on its GPU are about to take memory again."""
+        if self.released:
+            device.free_cached_memory()  # of activations before "begin", of the export's buffers before "commit"
+        self.phases.run(self.phases.deadline("arrive"))
 
     def _send(self, verification: Verification) -> int:
         """Bytes that all ranks sent, once for all servers."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rpp.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from megatron_rpp.parallel.local_launch import launch_local
+from tests.support.rank_server import run_ranks
 from tests.support.tiny_models import MOE_FAMILY_NAMES
 
 LAYOUTS = {
@@ -42,9 +42,7 @@ def layouts_of(family: str) -> dict[str, ParallelConfig]:
 def run_on(layout: ParallelConfig, script: str, arguments: dict[str, Any], out: Path) -> None:
     """Run tests/distributed/SCRIPT on every rank of `layout`; it finds its arguments in sys.argv."""
     world_size = layout.tensor * layout.pipeline * layout.data
-    argv = [sys.executable, "-m", f"tests.distributed.{script}", json.dumps(asdict(layout)), json.dumps(arguments)]
-    code = launch_local(argv, world_size, out)
-    assert code == 0, f"{script} on {layout} ended with {code}; see {out}/logs"
+    run_ranks(f"tests.distributed.{script}", [json.dumps(asdict(layout)), json.dumps(arguments)], world_size, out)
 
 
 def worker_config(model_path: str) -> tuple[Config, dict[str, Any]]:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_rpp.config.presets import PRESETS
-from megatron_rpp.parallel.local_launch import launch_local
 from tests.distributed.advantages_worker import SEEDS, advantages, edges, split_batch
+from tests.support.rank_server import run_ranks
 
 RANKS = 4
 
@@ -21,8 +20,7 @@ RANKS = 4
 def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, dict[str, Tensor]]]:
     """Rank -> seed -> preset -> its rows' advantages."""
     out = tmp_path_factory.mktemp("advantages")
-    argv = [sys.executable, "-m", "tests.distributed.advantages_worker", json.dumps(RANKS), json.dumps(str(out))]
-    assert launch_local(argv, RANKS, out) == 0, f"see {out}/logs"
+    run_ranks("tests.distributed.advantages_worker", [json.dumps(RANKS), json.dumps(str(out))], RANKS, out)
     return [torch.load(out / f"rank-{rank}.pt") for rank in range(RANKS)]
 
 

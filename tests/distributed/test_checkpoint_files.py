@@ -32,6 +32,7 @@ from megatron_rpp.engine.optimizer import make_trainable
 from megatron_rpp.engine.train_step import train_step
 from megatron_rpp.model.build import build_model
 from megatron_rpp.parallel import bootstrap
+from megatron_rpp.parallel.exit_codes import TakenOver
 from tests.distributed.invariance_worker import fixed_batch
 from tests.support.tiny_models import save_tiny
 
@@ -97,6 +98,10 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
 def test_checkpoint_in_the_background_holds_its_own_step(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,13 +129,17 @@ def test_checkpoint_in_the_background_holds_its_own_step(
 
 
 @pytest.mark.parametrize(
-    "harm",
-    [flip_a_bit, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])],
-    ids=["bit flipped", "missing", "truncated"],
+    ("name", "harm"),
+    [
+        ("__0_0.distcp", flip_a_bit),
+        ("__0_0.distcp", truncate),
+        ("__0_0.distcp", Path.unlink),
+        ("run_state.json", flip_a_bit),
+        ("rng-00000.pt", Path.unlink),
+    ],
 )
-@pytest.mark.parametrize("name", ["__0_0.distcp", "run_state.json", "rng-00000.pt"])
 def test_damaged_checkpoint_is_passed_over_for_the_one_before(
-    two_steps: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: Callable[[Path], object], name: str
+    two_steps: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, harm: Callable[[Path], object]
 ) -> None:
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     newest = tmp_path / "checkpoints" / "step-000002"
@@ -226,9 +235,11 @@ def test_job_that_was_replaced_writes_no_checkpoint(trainer: Trainer, tmp_path: 
     checkpointer.wait()
     Fence(tmp_path, "12.1").claim()
     trainer.save(checkpointer, 2)
-    with pytest.raises(OSError, match=r"another job has taken over run\.dir=.*'12\.1'.*'12\.0'"):
+    with pytest.raises(TakenOver, match=r"another job has taken over run\.dir=.*'12\.1'.*'12\.0'"):
         checkpointer.wait()
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-000001"
+    with pytest.raises(TakenOver, match=r"another job has taken over run\.dir=.*'12\.1'.*'12\.0'"):
+        checkpointer.check_fence()
     assert json.loads((tmp_path / "attempt").read_text())["attempt"] == "12.1"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_rpp.parallel.local_launch import launch_local
 from tests.distributed.parity_worker import CHOSEN, ENGINE_TEMPERATURE, RESPONSES, SERVER_SAYS, TEMPERATURE, URLS
+from tests.support.rank_server import run_ranks
 from tests.support.tiny_models import save_tiny
 
 RANKS = 4
@@ -23,8 +22,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a job that has run; in llama/ its model."""
     out = tmp_path_factory.mktemp("parity")
     model = save_tiny("llama", out)
-    argv = [sys.executable, "-m", "tests.distributed.parity_worker", str(model), str(out)]
-    assert launch_local(argv, RANKS, out) == 0, f"see {out}/logs"
+    run_ranks("tests.distributed.parity_worker", [str(model), str(out)], RANKS, out)
     return out
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 import pytest
@@ -18,8 +17,8 @@ from transformers import (
 )
 
 from megatron_rpp.config.fields import build
-from megatron_rpp.parallel.local_launch import launch_local
 from megatron_rpp.plan import StageMemory, plan
+from tests.support.rank_server import run_ranks
 
 RANKS = 4
 SHAPE = {
@@ -33,9 +32,9 @@ SHAPE = {
 }
 EXPERTS = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 MODELS = {
-    "dense_tied": LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True)),
-    "dense_bias": Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=False)),
-    "experts": Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **EXPERTS, mlp_only_layers=[0])),
+    "dense_tied": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True)),
+    "dense_bias": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=False)),
+    "experts": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **EXPERTS, mlp_only_layers=[0])),
 }
 DTYPES = {"dense_tied": "bfloat16", "dense_bias": "float32", "experts": "float32"}
 DENSE = {
@@ -62,8 +61,8 @@ Settings = dict[str, Any]
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Settings]:
     root, found = tmp_path_factory.mktemp("models"), {}
-    for name, model in MODELS.items():
-        model.save_pretrained(root / name)
+    for name, make in MODELS.items():
+        make().save_pretrained(root / name)
     for model_name, layout in CASES:
         found[model_name, layout] = {
             "model.path": str(root / model_name),
@@ -86,29 +85,27 @@ def measured(
     """What each rank of each case allocates; one job runs all of them."""
     out = tmp_path_factory.mktemp("plan")
     (out / "jobs.json").write_text(json.dumps({"-".join(case): settings for case, settings in jobs.items()}))
-    argv = [sys.executable, "-m", "tests.distributed.plan_worker", str(out / "jobs.json"), str(out)]
-    code = launch_local(argv, RANKS, out)
-    assert code == 0, f"plan_worker ended with {code}; see {out}/logs"
+    run_ranks("tests.distributed.plan_worker", [str(out / "jobs.json"), str(out)], RANKS, out)
     return {
         case: [json.loads((out / f"{'-'.join(case)}-{rank}.json").read_text()) for rank in range(RANKS)]
         for case in jobs
     }
 
 
-def stages_of(settings: Settings) -> list[StageMemory]:
-    return list(plan(build(settings)).stages)
+@pytest.fixture(scope="module")
+def planned(jobs: dict[tuple[str, str], Settings]) -> dict[tuple[str, str], list[StageMemory]]:
+    return {case: list(plan(build(settings)).stages) for case, settings in jobs.items()}
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_parameters_and_gradient_buffers_are_planned_to_the_byte(
-    jobs: dict[tuple[str, str], Settings],
+    planned: dict[tuple[str, str], list[StageMemory]],
     measured: dict[tuple[str, str], list[dict[str, int]]],
     model: str,
     layout: str,
 ) -> None:
-    planned = stages_of(jobs[model, layout])
     for rank in measured[model, layout]:
-        stage = planned[rank["stage"]]
+        stage = planned[model, layout][rank["stage"]]
         assert rank["parameters"] == stage.parameters
         assert rank["parameter_bytes"] == stage.parameter_bytes
         assert rank["gradient_bytes"] == stage.gradient_bytes
@@ -116,13 +113,13 @@ def test_parameters_and_gradient_buffers_are_planned_to_the_byte(
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_the_optimizer_is_planned_as_its_fullest_rank_holds_it(
-    jobs: dict[tuple[str, str], Settings],
+    planned: dict[tuple[str, str], list[StageMemory]],
     measured: dict[tuple[str, str], list[dict[str, int]]],
     model: str,
     layout: str,
 ) -> None:
     """Data-parallel ranks update differently many parameters, since Megatron's buffers are padded."""
-    for stage in stages_of(jobs[model, layout]):
+    for stage in planned[model, layout]:
         found = [rank["optimizer_bytes"] for rank in measured[model, layout] if rank["stage"] == stage.stage]
         assert max(found) == pytest.approx(stage.optimizer_bytes, rel=0.001)  # torch keeps 4 bytes a tensor for steps
         assert min(found) == pytest.approx(stage.optimizer_bytes, rel=0.01)
@@ -130,14 +127,14 @@ def test_the_optimizer_is_planned_as_its_fullest_rank_holds_it(
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_the_peak_of_saved_activations_is_planned(
-    jobs: dict[tuple[str, str], Settings],
+    planned: dict[tuple[str, str], list[StageMemory]],
     measured: dict[tuple[str, str], list[dict[str, int]]],
     model: str,
     layout: str,
 ) -> None:
     """Microbatches in flight and logits included. Experts get equally many tokens in a plan, and nearly so in fact:
     where ranks share them out, the mean of the ranks is compared."""
-    for stage in stages_of(jobs[model, layout]):
+    for stage in planned[model, layout]:
         found = [rank["saved_bytes"] for rank in measured[model, layout] if rank["stage"] == stage.stage]
         mean = sum(found) / len(found)
         assert mean == pytest.approx(stage.activation_bytes + stage.logits_bytes, rel=0.05 if "ep" in layout else 0.01)

@@ -16,10 +16,10 @@ from checkpoint_tools import hf_to_megatron, megatron_to_hf
 from megatron_rpp.config.schema import RolloutConfig
 from megatron_rpp.data.tokenizer import load_tokenizer
 from megatron_rpp.experience.types import Prompt
-from megatron_rpp.parallel.local_launch import launch_local
 from megatron_rpp.rollout.protocol import SamplingParams
 from megatron_rpp.rollout.sglang_client import SGLangClient
 from megatron_rpp.rollout.sglang_server import SGLangServer
+from tests.support.rank_server import run_ranks
 from tests.support.servers import running
 
 QUESTIONS = ("What is the capital of France?", "Write a haiku about the sea.", "Why is the sky blue?", "2 + 3 =")
@@ -98,8 +98,7 @@ def test_megatron_writes_the_text_that_transformers_writes(
         "new_tokens": NEW_TOKENS,
         "out": str(out),
     }
-    command = [sys.executable, "-m", "tests.integration.greedy_worker", json.dumps(arguments)]
-    assert launch_local(command, max(layout.values()), tmp_path) == 0
+    run_ranks("tests.integration.greedy_worker", [json.dumps(arguments)], max(layout.values()), tmp_path)
     assert [until_end(source, answer) for answer in json.loads(out.read_text())] == expected
 
 

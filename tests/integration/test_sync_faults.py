@@ -67,6 +67,7 @@ max_response_tokens = 2
 context_length = 32
 health_deadline_s = {HEALTH_S}
 restart_backoff_s = 0.1
+record = "off"  # else responses that a version has already given would not be sampled again
 [data]
 train = {{ kind = "jsonl", path = "{root}/problems.jsonl", size = 40 }}
 eval = {{ kind = "jsonl", path = "{root}/eval.jsonl" }}

@@ -19,7 +19,7 @@ from megatron_rpp.config.schema import ParallelConfig
 from megatron_rpp.parallel import bootstrap
 from megatron_rpp.parallel.environment import find_job
 from megatron_rpp.parallel.exchange import Exchange
-from megatron_rpp.parallel.rendezvous import newest_rendezvous
+from megatron_rpp.parallel.rendezvous_file import newest_rendezvous
 
 
 def main() -> int:

@@ -24,7 +24,7 @@ from megatron_rpp.parallel.failures import Failure, causes
 from megatron_rpp.parallel.watchdog import Watchdog
 
 ATTEMPT = "7.0.0"
-DEADLINE_S = 4.0
+DEADLINE_S = 3.0
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__])
 
@@ -165,7 +165,7 @@ def hang_in_a_phase(dog: Watchdog, rank: int, folder: Path) -> None:
 
 def be_slow(dog: Watchdog, rank: int, folder: Path) -> None:
     """Longer than the deadline: rank 0 waits, rank 1 computes in Python, rank 2 in C."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 4
     while rank == 1 and time.monotonic() < deadline:
         sum(range(10_000))
     if rank == 2:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from megatron_rpp.parallel.local_launch import launch_local
 from tests.integration.sync_worker import Job, write_jobs
+from tests.support.rank_server import run_ranks
 
 RANKS = 4  # of every layout: one launch for all
 Make = Callable[[], PreTrainedModel]
@@ -50,6 +49,4 @@ def tensors_of(folder: str) -> dict[str, Tensor]:
 def launch(jobs: list[Job], out: Path) -> None:
     """Run them all; what they note is in `out`."""
     write_jobs(jobs, out / "jobs.json")
-    argv = [sys.executable, "-m", "tests.integration.sync_worker", str(out / "jobs.json"), str(out)]
-    code = launch_local(argv, RANKS, out)
-    assert code == 0, f"sync_worker ended with {code}; see {out}/logs"
+    run_ranks("tests.integration.sync_worker", [str(out / "jobs.json"), str(out)], RANKS, out)

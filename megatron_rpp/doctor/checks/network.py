@@ -32,7 +32,7 @@ def measure(ranks: Mapping[str, int], address: str, port: int) -> dict[str, Any]
     import torch.distributed as dist
 
     from megatron_rpp import device
-    from megatron_rpp.doctor.wire import node_name
+    from megatron_rpp.parallel.environment import node_name
     from megatron_rpp.parallel.interfaces import choose_interfaces
 
     rank, wait = ranks[node_name()], timedelta(seconds=LIMIT_S / 2)

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_rpp.doctor.finding import Finding, accuse, in_words
 from megatron_rpp.doctor.job import Job
-from megatron_rpp.doctor.wire import node_name
+from megatron_rpp.parallel.environment import node_name
 
 LIMIT_S = 5.0
 _PEERS = 32  # that a node tries; in a larger job, the next ones in a ring
@@ -21,7 +21,7 @@ def listen() -> dict[str, Any]:
     from megatron_rpp.parallel.interfaces import reachable_address
 
     try:
-        address = reachable_address(socket.gethostname())
+        address = reachable_address(node_name())
     except ValueError as error:
         return {"error": str(error)}
     _listening.append(socket.create_server(("", 0), backlog=4 * _PEERS))

@@ -7,15 +7,15 @@ import socket
 import pytest
 
 from megatron_rpp.config.errors import ConfigError
-from megatron_rpp.parallel import environment
+from megatron_rpp.parallel import launcher_variables
 from megatron_rpp.parallel.environment import (
     JobPlace,
     find_job,
     find_rank,
     single_place,
     speaks_for_job,
-    tasks_per_node,
 )
+from megatron_rpp.parallel.launcher_variables import tasks_per_node
 
 HERE = socket.gethostname()
 BATCH = {  # what the batch script itself has
@@ -161,7 +161,7 @@ def test_an_environment_that_contradicts_itself_is_one_error(env: dict[str, str]
 
 
 def test_srun_with_pmi2_needs_no_mpi4py(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "find_spec", lambda name: None)
+    monkeypatch.setattr(launcher_variables, "find_spec", lambda name: None)
     assert find_job(PMI2) == SLURM_PLACE
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 
+from megatron_rpp.config.errors import ConfigError
+from megatron_rpp.parallel import own_failure
 from megatron_rpp.parallel.exchange import RanksMissing
+from megatron_rpp.parallel.exit_codes import TakenOver
 from megatron_rpp.parallel.failures import Failure, causes, folder, lines, report
 from megatron_rpp.parallel.heartbeats import DONE, RUNS, Beat, Judge, lost_hosts
 from megatron_rpp.parallel.own_failure import failure_of
@@ -88,9 +92,20 @@ def test_what_a_rank_says_of_its_own_exception() -> None:
         return each.kind, each.message, each.exit_code
 
     assert told(ValueError("data.x must\n  exist")) == ("error", "data.x must exist", 2)
+    assert told(TakenOver("another job has")) == ("error", "another job has", 76)
     assert told(KeyError("x")) == ("error", "KeyError: 'x'", 1)
     assert told(KeyboardInterrupt()) == ("signal", "was interrupted", 130)
     assert told(SystemExit(143)) == ("signal", "was ended by SIGTERM", 143)
+
+
+def test_an_accident_in_the_middle_of_a_run_is_not_taken_for_the_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_failure, "_has_begun", False)
+    of_a_library = json.JSONDecodeError("Expecting value", "", 0)
+    before = [failure_of(error, 0, "a").exit_code for error in (ValueError("x"), of_a_library, ConfigError("x"))]
+    own_failure.training_begins()
+    after = [failure_of(error, 0, "a").exit_code for error in (ValueError("x"), of_a_library, ConfigError("x"))]
+    assert (before, after) == ([2, 1, 2], [1, 1, 2])
+    assert failure_of(ValueError("x"), 0, "a").message == "ValueError: x"  # its kind is needed, without the traceback
 
 
 def test_errors_of_collectives_only_say_that_a_peer_is_gone() -> None:

@@ -119,7 +119,10 @@ def test_a_users_mistake_wins_over_a_crash_that_it_caused(tmp_path: Path, capfd:
     assert capfd.readouterr().err == "rpp: error: said once\n"
 
 
-def test_a_mistake_that_only_another_rank_sees_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_that_only_another_rank_sees_is_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_rpp.parallel.local_launch.TELL_S", 0.5)
     body = "if rank == 1: sys.exit(print('rpp: error: seen by rank 1', file=sys.stderr) or 2)\ntime.sleep(60)"
     assert launch_local(rank_program(body), 2, tmp_path) == 2
     assert capfd.readouterr().err == "rpp: error: seen by rank 1\n"
@@ -159,6 +162,10 @@ def test_ranks_that_saved_and_stopped_are_not_a_failure(tmp_path: Path, capfd: p
     assert launch_local(rank_program(body), 2, tmp_path) == 75
     assert (tmp_path / "end-1").exists()  # the slower one was not ended
     assert capfd.readouterr().err == ""
+
+
+def test_a_job_that_was_replaced_says_so_though_a_rank_ended_first_for_want_of_it(tmp_path: Path) -> None:
+    assert launch_local(rank_program("sys.exit(76 if rank else 1)"), 2, tmp_path) == 76
 
 
 def test_a_failure_is_not_hidden_by_ranks_that_saved(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.parallel import interfaces, rendezvous
 from megatron_rpp.parallel.environment import JobPlace
 from megatron_rpp.parallel.exchange import Exchange
-from megatron_rpp.parallel.rendezvous import Rendezvous, newest_rendezvous, open_store, rendezvous_of, withdraw
+from megatron_rpp.parallel.rendezvous import open_store
+from megatron_rpp.parallel.rendezvous_file import Rendezvous, newest_rendezvous, rendezvous_of, withdraw, write
 from megatron_rpp.parallel.roll_call import Presence, check_presence
 
 SOON = timedelta(seconds=20)
@@ -60,7 +61,7 @@ def test_a_file_that_an_earlier_start_left_is_not_followed(tmp_path: Path, monke
     monkeypatch.setattr(rendezvous, "CONNECT_S", 0.5)
     earlier = open_store(replace(places("5.0.0", 1)[0], attempt="other"), str(tmp_path), SOON)  # its port lives on
     stale = replace(rendezvous_of(earlier), attempt="5.0.0")
-    rendezvous._write(tmp_path / "rendezvous" / "5.0.0.json", vars(stale))
+    write(tmp_path / "rendezvous" / "5.0.0.json", vars(stale))
     first, second = places("5.0.0")
     with ThreadPoolExecutor(1) as pool:
         late = pool.submit(open_store, second, str(tmp_path), SOON)
@@ -75,6 +76,36 @@ def test_a_folder_that_is_not_shared_is_told(tmp_path: Path) -> None:
         open_store(places("5.0.0")[1], str(tmp_path), timedelta(seconds=0.3))
 
 
+def test_thousands_of_ranks_do_not_flood_the_shared_folder_with_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of 4096 ranks waits half a minute for the file, by a clock of the test's."""
+    (tmp_path / "rendezvous").mkdir()
+    looks, listings, now = 0, 0, 0.0
+
+    def look(path: Path) -> None:
+        nonlocal looks
+        looks += 1
+
+    def list_names(path: Path) -> list[str]:
+        nonlocal listings
+        listings += 1
+        return []
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(rendezvous, "read", look)
+    monkeypatch.setattr(rendezvous.os, "listdir", list_names)
+    monkeypatch.setattr(rendezvous.time, "monotonic", lambda: now)
+    monkeypatch.setattr(rendezvous.time, "sleep", sleep)
+    with pytest.raises(ConfigError, match="did not find rank 0"):
+        open_store(places("5.0.0", 4096, ["a", "b"])[-1], str(tmp_path), timedelta(seconds=30))
+    assert 4 <= looks <= 15
+    assert 1 <= listings <= 6
+
+
 def test_srun_without_a_folder_is_told() -> None:
     with pytest.raises(ConfigError, match="srun's ranks meet in"):
         open_store(places("5.0.0")[0], None, SOON)
@@ -82,10 +113,8 @@ def test_srun_without_a_folder_is_told() -> None:
 
 def test_the_newest_store_is_found_until_it_is_withdrawn(tmp_path: Path) -> None:
     assert newest_rendezvous(tmp_path) is None
-    rendezvous._write(
-        tmp_path / "rendezvous" / "1.json", vars(Rendezvous("1", "b", "127.0.0.1", 9, 1, time.time() - 9))
-    )
-    rendezvous._write(tmp_path / "rendezvous" / "2.json", {"attempt": "2", "error": "refused"})
+    write(tmp_path / "rendezvous" / "1.json", vars(Rendezvous("1", "b", "127.0.0.1", 9, 1, time.time() - 9)))
+    write(tmp_path / "rendezvous" / "2.json", {"attempt": "2", "error": "refused"})
     store = open_store(places("3", 1)[0], str(tmp_path), SOON)
     found = newest_rendezvous(tmp_path)
     assert found == rendezvous_of(store) and found.attempt == "3"

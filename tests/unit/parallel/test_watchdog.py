@@ -88,7 +88,7 @@ def test_a_phase_past_its_limit_is_a_stall_with_the_stacks_of_all_ranks(tmp_path
 
 
 def test_a_rank_that_is_slow_but_alive_is_not_accused(tmp_path: Path) -> None:
-    with Job(watched_rank.be_slow, 3, tmp_path, deadline_s=3.0) as job:
+    with Job(watched_rank.be_slow, 3, tmp_path, deadline_s=2.5) as job:
         assert job.codes(within_s=5 + SOON_S) == [0, 0, 0]
         assert job.causes() == []
 

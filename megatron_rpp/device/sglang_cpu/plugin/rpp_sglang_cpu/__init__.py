@@ -1,4 +1,4 @@
-"""Per-sample seeds on CPU, through SGLang's plugin hook (entry point group `sglang.srt.plugins`).
+"""Per-sample seeds on CPU and a quick start, through SGLang's plugin hook (entry point group `sglang.srt.plugins`).
 
 SGLang reads `sampling_params.sampling_seed` only under `--enable-deterministic-inference`, which on
 CPU lacks three things: leave to use the torch_native attention, a batch-invariant mode (CUDA kernels;
@@ -6,6 +6,9 @@ without it a sample can in rare cases depend on the batch, by float rounding), a
 """
 
 from __future__ import annotations
+
+import multiprocessing
+from typing import Any
 
 
 def register() -> None:
@@ -21,6 +24,7 @@ def register() -> None:
     HookRegistry.register(
         "sglang.srt.batch_invariant_ops.enable_batch_invariant_mode", _no_cuda_kernels, HookType.REPLACE
     )
+    HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", _fork_workers, HookType.AFTER)
     from rpp_sglang_cpu import seeds
 
     seeds.define()
@@ -28,3 +32,12 @@ def register() -> None:
 
 def _no_cuda_kernels(enable_bmm: bool = True) -> None:
     """In place of `enable_batch_invariant_mode`, which raises where there is no accelerator."""
+
+
+def _fork_workers(result: Any, *args: Any, **kwargs: Any) -> Any:
+    """After SGLang has chosen to spawn: workers that are forked need not import everything again, 8 s each.
+
+    A CPU server has no CUDA context that a fork would break, and starts its threads later.
+    """
+    multiprocessing.set_start_method("fork", force=True)
+    return result

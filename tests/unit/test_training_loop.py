@@ -1,0 +1,47 @@
+"""The loop of `rpp train` around its steps, with stand-ins for all that a step does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import MagicMock
+
+import pytest
+
+from megatron_rpp import train
+from megatron_rpp.config.schema import Config
+from megatron_rpp.parallel import own_failure
+from megatron_rpp.parallel.exit_codes import TakenOver
+
+
+@pytest.fixture
+def session(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
+    monkeypatch.setattr(own_failure, "_has_begun", False)
+    session = MagicMock()
+    session.first_step, session.config = 0, Config()
+
+    @contextmanager
+    def opened(config: Config, *, resume: str) -> Iterator[MagicMock]:
+        yield session
+
+    monkeypatch.setattr(train, "open_session", opened)
+    for name in ("collate", "score", "train_step", "evaluate", "greedy_rewards", "from_replica_leader", "step_metrics"):
+        monkeypatch.setattr(train, name, MagicMock())
+    monkeypatch.setattr(train, "add_advantages", lambda batch, config, parallel, shaping: (batch, shaping, {}))
+    return session
+
+
+def test_a_value_error_of_a_step_does_not_end_a_run_for_good(session: MagicMock) -> None:
+    session.prompt_source.next_batch.side_effect = ValueError("what a library says")
+    with pytest.raises(ValueError, match="what a library says") as caught:
+        train.run(Config(), resume="no")
+    assert own_failure.failure_of(caught.value, 0, "a").exit_code == 1
+
+
+def test_a_job_that_was_replaced_writes_no_metrics(session: MagicMock) -> None:
+    session.checkpointer.check_fence.side_effect = TakenOver("another job has taken over")
+    with pytest.raises(TakenOver):
+        train.run(Config(), resume="no")
+    session.rollout_engine.sync.assert_called_once()  # it came to the end of its step
+    session.reporter.step.assert_not_called()
+    session.save.assert_not_called()
