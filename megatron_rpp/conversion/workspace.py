@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_rpp.observability.files import sync_path
+
 JOURNAL = ".conversion-journal.jsonl"  # first line: the fingerprint; then a line for each finished file
 _FORMAT = 1  # of the journal and of how work is divided into files
 
@@ -29,7 +31,7 @@ class Workspace:
 
     def note(self, file: str, note: Any) -> None:
         """`file` is whole and on disk: a restart will not write it again."""
-        _sync_folder(self.folder)
+        sync_path(self.folder)
         size = (self.folder / file).stat().st_size
         line = json.dumps({"file": file, "bytes": size, "note": note})
         self.journal.write(line + "\n")
@@ -92,12 +94,12 @@ def open_workspace(out: Path, key: str) -> Iterator[Workspace]:
             workspace = Workspace(folder, journal, _resume(folder, journal, key))
             yield workspace
             _sync_others(workspace)
-            _sync_folder(folder)
+            sync_path(folder)
             require_absent(out)
             folder.rename(out)
             (out / JOURNAL).unlink()  # until then it says whose folder this is
-            _sync_folder(out)
-            _sync_folder(out.parent)
+            sync_path(out)
+            sync_path(out.parent)
         except Exception:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -159,12 +161,3 @@ def _sync_others(workspace: Workspace) -> None:
         if path.is_file() and path.name not in workspace.done:
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Names of files are on disk only once their folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

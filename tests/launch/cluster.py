@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
+from megatron_rpp.slurm.client import parse_fields
 from tests.launch.hosts import Hosts
 from tests.launch.slurm_conf import write_configuration
 
@@ -53,7 +54,7 @@ class Cluster:
     def jobs(self, job_id: str) -> list[dict[str, str]]:
         """The same of every part."""
         text = self.run(["scontrol", "--oneliner", "show", "job", job_id]).stdout
-        return [_fields(line) for line in text.splitlines() if line.strip()]
+        return [parse_fields(line) for line in text.splitlines() if line.strip()]
 
     def wait(self, job_id: str, states: Collection[str] = ENDED, timeout_s: float = 60.0) -> dict[str, str]:
         """The job, once every part of it is in one of `states`; AssertionError tells how it stands where it is late."""
@@ -162,7 +163,7 @@ class Cluster:
             )
 
     def _started_at(self, name: str) -> str:
-        return _fields(self.run(["scontrol", "--oneliner", "show", "node", name]).stdout)["SlurmdStartTime"]
+        return parse_fields(self.run(["scontrol", "--oneliner", "show", "node", name]).stdout)["SlurmdStartTime"]
 
     def _is_up(self) -> bool:
         return "is UP" in self.run(["scontrol", "ping"], check=False).stdout
@@ -181,19 +182,6 @@ class Cluster:
 
 def _program(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-
-
-def _fields(line: str) -> dict[str, str]:
-    """{"JobId": "3", ...}; a value may hold spaces."""
-    fields: dict[str, str] = {}
-    last = ""
-    for word in line.split():
-        name, equals, value = word.partition("=")
-        if equals and name[:1].isalpha():
-            last, fields[name] = name, value
-        elif last:
-            fields[last] += f" {word}"
-    return fields
 
 
 def _tail(path: Path, lines: int = 15) -> str:
