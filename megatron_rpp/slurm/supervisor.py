@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -122,7 +123,8 @@ class Supervisor:
                 return ending
             if time.monotonic() > next_look:
                 next_look = time.monotonic() + 1.0
-                self._replacement.is_alive_file.touch()
+                with contextlib.suppress(OSError):  # a full disk is the trainer's to complain about
+                    self._replacement.is_alive_file.touch()
                 if ending := self._look(lasting, watch):
                     return ending
             time.sleep(_POLL_S)
