@@ -22,22 +22,27 @@ _PAUSE_S = 5.0
 
 def main(command: Sequence[str]) -> int:
     child: subprocess.Popen[bytes] | None = None
+    is_over = False
 
     def end(number: int, frame: FrameType | None) -> None:
+        nonlocal is_over
+        is_over = True
         if child is not None:
-            child.terminate()
-            child.wait()
-        sys.exit(0)
+            child.send_signal(signal.SIGTERM)  # and no more: the line that waits for it would wait for this handler
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    while True:
+    while not is_over:
         child = subprocess.Popen(command, preexec_fn=lambda: signal_at_parents_death(signal.SIGTERM))
+        if is_over:  # told while it was being started
+            child.terminate()
         code = child.wait()
         if code == USER_ERROR:
             return code
-        sys.stderr.write(f"rpp: {' '.join(command[:5])} ... ended with {code}; starting it again in {_PAUSE_S:g} s\n")
-        time.sleep(_PAUSE_S)
+        if not is_over:
+            sys.stderr.write(f"rpp: {' '.join(command[:5])} ... ended with {code}; again in {_PAUSE_S:g} s\n")
+            time.sleep(_PAUSE_S)
+    return 0
 
 
 if __name__ == "__main__":
