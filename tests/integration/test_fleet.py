@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -19,6 +18,7 @@ from megatron_rpp.rollout.fleet import Server, ServerFleet
 from megatron_rpp.rollout.http import post_json
 from megatron_rpp.rollout.protocol import SamplingParams
 from megatron_rpp.rollout.sglang_client import SGLangClient
+from tests.support.processes import child_at
 
 EOS = 1
 HEALTH_DEADLINE_S = 10.0  # a busy machine must not make a healthy server look silent
@@ -69,11 +69,7 @@ def bring_to(version: int, fleet: ServerFleet, client: SGLangClient) -> None:
 
 def group_of(url: str) -> int:
     """Process group of the spawned server at `url`."""
-    port = str(urlsplit(url).port)
-    for process in psutil.Process().children(recursive=True):
-        if port in process.cmdline():
-            return os.getpgid(process.pid)
-    raise AssertionError(f"no process serves {url}")
+    return os.getpgid(child_at(url).pid)
 
 
 def once_some_are_done(act: Callable[[], None]) -> Callable[[int, int], None]:

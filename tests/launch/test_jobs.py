@@ -17,6 +17,7 @@ from megatron_rpp.config.schema import RolloutConfig
 from megatron_rpp.rollout.server_command import server_command, server_environment
 from tests.launch.cluster import REPOSITORY, Cluster
 from tests.launch.runs import Run, shipped_script
+from tests.support.processes import command_line
 
 STEPS = 4  # of examples/cluster_cpu.toml
 
@@ -69,7 +70,7 @@ def server(cluster: Cluster, demo: Path, tmp_path_factory: pytest.TempPathFactor
     ):
         yield url
         for pid in cluster.pids(node):
-            if "sglang" in " ".join(psutil.Process(pid).cmdline()):
+            if psutil.pid_exists(pid) and "sglang" in " ".join(command_line(psutil.Process(pid))):
                 os.kill(pid, signal.SIGKILL)
 
 

@@ -26,6 +26,7 @@ from megatron_rpp.rollout.job_store import JobOver, JobStore
 from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.rollout.registry import Entry, Registry
 from megatron_rpp.rollout.sglang_server import SGLangServer
+from tests.support.processes import child_at
 
 SERVER = """
 import http.server, pathlib, sys
@@ -127,17 +128,11 @@ def until(is_true: Callable[[], bool], timeout_s: float = 20) -> None:
         time.sleep(0.02)
 
 
-def process_at(url: str) -> psutil.Process:
-    """The leader of the server's process group."""
-    port = url.rpartition(":")[2]
-    return next(p for p in psutil.Process().children() if port in p.cmdline())
-
-
 def test_a_server_announces_itself_and_ends_with_the_run(tmp_path: Path, jobs: Callable[[str], Job]) -> None:
     serving = Serving(tmp_path)
     job = jobs("7.0")
     entry = job.the_server()
-    process = process_at(entry.url)
+    process = child_at(entry.url)
     assert entry.host == "here" and entry.url.startswith("http://127.0.0.1:"), "a store on loopback has neighbours only"
     job.file.unlink()
     assert re.search(r"the run in run\.dir=.* has ended", str(serving.join()))
@@ -149,7 +144,7 @@ def test_a_server_that_dies_is_withdrawn_and_announced_anew(tmp_path: Path, jobs
     Serving(tmp_path)
     job = jobs("7.0")
     first = job.the_server()
-    (program,) = process_at(first.url).children()
+    (program,) = child_at(first.url).children()
     program.kill()
     assert job.the_server(after=first).slot == first.slot + 1
 
@@ -158,7 +153,7 @@ def test_a_silent_server_is_killed_and_started_again(tmp_path: Path, jobs: Calla
     Serving(tmp_path)
     job = jobs("7.0")
     first = job.the_server()
-    process = process_at(first.url)
+    process = child_at(first.url)
     stopped_at = time.monotonic()
     os.killpg(process.pid, signal.SIGSTOP)
     until(lambda: not job.is_listed(first))
@@ -172,7 +167,7 @@ def test_when_the_job_is_started_again_the_running_server_is_announced_to_it(
     Serving(tmp_path)
     first = jobs("7.0")
     entry = first.the_server()
-    process = process_at(entry.url)
+    process = child_at(entry.url)
     first.die()
     second = jobs("7.1")
     assert second.the_server().url == entry.url

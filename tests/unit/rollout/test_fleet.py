@@ -23,6 +23,7 @@ from megatron_rpp.rollout.backoff import Backoff
 from megatron_rpp.rollout.fleet import Server, ServerFleet
 from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.rollout.urls_file import parse_urls
+from tests.support.processes import child_at
 
 SPAWNED = """
 import http.server, json, os, pathlib, sys
@@ -73,12 +74,6 @@ def until(is_true: Callable[[], bool], timeout_s: float = 20) -> None:
 
 def urls(servers: tuple[Server, ...]) -> list[str]:
     return [server.url for server in servers]
-
-
-def process_at(url: str) -> psutil.Process:
-    """The leader of the spawned server's group."""
-    port = url.rpartition(":")[2]
-    return next(p for p in psutil.Process().children() if port in p.cmdline())
 
 
 def test_attached_servers_say_their_size_and_keep_the_version_they_were_brought_to(
@@ -224,7 +219,7 @@ def test_a_spawned_server_that_dies_starts_again_after_its_backoff(build: Callab
     (server,) = fleet.refresh()
     fleet.mark([server.url], 3)
     killed_at = time.monotonic()  # before it is dropped, so that this machine's delays cannot shorten the wait
-    process_at(server.url).kill()
+    child_at(server.url).kill()
     until(lambda: fleet.refresh() == ())
     until(lambda: len(fleet.refresh()) == 1)
     assert time.monotonic() - killed_at >= 0.6
@@ -235,7 +230,7 @@ def test_a_stopped_spawned_server_is_killed(build: Callable[..., ServerFleet]) -
     fleet = build(num_servers=2, restart_backoff_s=30.0)
     fleet.wait_ready()
     first, second = fleet.refresh()
-    process = process_at(first.url)
+    process = child_at(first.url)
     os.killpg(process.pid, signal.SIGSTOP)
     start = time.monotonic()
     assert urls(fleet.refresh({first.url})) == [second.url]
@@ -293,7 +288,7 @@ def test_only_a_server_that_survives_a_step_gets_its_first_backoff_back(
 ) -> None:
     def kill_and_drop() -> None:
         (server,) = fleet.refresh()
-        process_at(server.url).kill()
+        child_at(server.url).kill()
         until(lambda: fleet.refresh() == ())
         fleet.wait_ready()
 
