@@ -15,7 +15,7 @@ from megatron_rpp.config.preflight import make_folders
 from megatron_rpp.config.schema import Config
 from megatron_rpp.config.validate import validate
 from megatron_rpp.slurm import client
-from megatron_rpp.slurm.allocation import ranks_per_node, world_size
+from megatron_rpp.slurm.allocation import ranks_per_node
 from megatron_rpp.slurm.script import render
 
 _SYNOPSIS = "rpp launch slurm CONFIG.toml ... [--section.key=value ...] --nodes N [--dry-run]"
@@ -73,7 +73,7 @@ def check(config: Config, nodes: int) -> None:
 
 def describe(config: Config, nodes: int) -> str:
     """Who runs where, in words."""
-    slurm, parallel, world = config.slurm, config.parallel, world_size(config)
+    slurm, parallel, world = config.slurm, config.parallel, config.parallel.world_size
     trainer_nodes = nodes - slurm.rollout_nodes
     kind = f" with {slurm.gpus_per_node} GPUs each" if slurm.gpus_per_node else ""
     places = f"{slurm.rollout_nodes} more nodes" if slurm.rollout_nodes else "the same nodes"

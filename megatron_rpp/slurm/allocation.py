@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.schema import Config
+from megatron_rpp.parallel.launcher_variables import in_step
 from megatron_rpp.slurm.client import hostnames
 
 
@@ -19,7 +20,11 @@ class Allocation:
     restart: int  # how often SLURM has requeued it
     trainer_nodes: tuple[str, ...]
     rollout_nodes: tuple[str, ...]  # the same where servers share the trainer's nodes
-    batch_host: str
+
+    @property
+    def batch_host(self) -> str:
+        """Where the batch script runs."""
+        return self.trainer_nodes[0]
 
     @property
     def is_split(self) -> bool:
@@ -39,7 +44,7 @@ class Allocation:
     @classmethod
     def of_this_job(cls, env: Mapping[str, str]) -> Allocation:
         """From the variables of a batch script. Raises ConfigError outside of one."""
-        if "SLURM_JOB_ID" not in env or "SLURM_STEP_ID" in env:
+        if "SLURM_JOB_ID" not in env or in_step(env):
             raise ConfigError("`rpp slurm-job` is what a batch script runs; to submit one, write: rpp launch slurm")
         array = env.get("SLURM_ARRAY_JOB_ID")
         trainer = hostnames(env.get("SLURM_JOB_NODELIST_HET_GROUP_0") or env["SLURM_JOB_NODELIST"])
@@ -50,18 +55,12 @@ class Allocation:
             restart=int(env.get("SLURM_RESTART_COUNT") or 0),
             trainer_nodes=trainer,
             rollout_nodes=hostnames(rollout) if rollout else trainer,
-            batch_host=trainer[0],
         )
-
-
-def world_size(config: Config) -> int:
-    """Ranks of the trainer."""
-    return config.parallel.world_size
 
 
 def ranks_per_node(config: Config, nodes: int) -> int:
     """Trainer ranks on each of `nodes` nodes. Raises ConfigError where they do not divide, or have too few GPUs."""
-    parallel, world = config.parallel, world_size(config)
+    parallel, world = config.parallel, config.parallel.world_size
     if world % nodes:
         raise ConfigError(
             f"{nodes} trainer nodes must divide the {world} ranks of parallel.tensor={parallel.tensor} x "

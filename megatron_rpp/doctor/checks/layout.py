@@ -11,7 +11,7 @@ from megatron_rpp.config.schema import Config
 from megatron_rpp.doctor.finding import Finding, faults
 from megatron_rpp.doctor.job import Job
 from megatron_rpp.doctor.places import Places
-from megatron_rpp.slurm.allocation import ranks_per_node, world_size
+from megatron_rpp.slurm.allocation import ranks_per_node
 
 _REMEDY = "change the setting that is named; `rpp plan` shows layouts that fit"
 
@@ -64,6 +64,6 @@ def judge_allocation(config: Config, places: Places) -> list[Finding]:
         findings.append(Finding("layout", "fail", found, f"set slurm.rollout_nodes={split}, or submit anew"))
     if config.slurm.gpus_per_node > each and split:
         found = f"{each} ranks a node leave {config.slurm.gpus_per_node - each} of its GPUs idle"
-        remedy = f"raise parallel.data from {config.parallel.data}; the job has {world_size(config)} ranks"
+        remedy = f"raise parallel.data from {config.parallel.data}; the job has {config.parallel.world_size} ranks"
         findings.append(Finding("layout", "warn", found, remedy))
     return findings

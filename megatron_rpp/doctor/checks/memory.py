@@ -9,7 +9,6 @@ from typing import Any
 from megatron_rpp.doctor.checks.layout import from_json, to_json
 from megatron_rpp.doctor.finding import Finding
 from megatron_rpp.doctor.job import Job
-from megatron_rpp.slurm.allocation import world_size
 
 LIMIT_S = 120.0
 _REMEDY = "`rpp plan` shows what takes the memory, and which layout or setting makes it fit"
@@ -31,7 +30,7 @@ def check(job: Job) -> list[Finding]:
     """On one node: the answer is the same on all."""
     if any(finding.check == "layout" and finding.status == "fail" for finding in job.findings):
         return [Finding("memory", "warn", "not estimated", "cure what the check of the layout has found")]
-    ranks = world_size(job.config)
+    ranks = job.config.parallel.world_size
     about = {"values": to_json(job.config), "gpus": ranks}
     answers = job.ask("memory", "memory.measure", job.trainer_nodes[:1], LIMIT_S, **about)
     on_a_node = -(-ranks // len(job.places.trainer_nodes))

@@ -101,3 +101,17 @@ def running(port: int = 0) -> Iterator[FakeServer]:
         fake.end.set()
         fake.shutdown()
         fake.server_close()
+
+
+SPAWNED = """
+import http.server, json, os, pathlib, sys
+if pathlib.Path(sys.argv[2]).exists():
+    sys.exit("weights are corrupt")
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"tp_size": 1, "device": "cpu", "pid": os.getppid()}).encode())
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+"""A program that answers as a server would: PORT, and a file that keeps it from starting while it is there."""

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 import torch.distributed as dist
+from fake_sglang import SPAWNED
 
 from megatron_rpp.config.schema import Config, RolloutConfig, RunConfig, WeightSyncConfig
 from megatron_rpp.parallel.environment import JobPlace
@@ -27,18 +28,6 @@ from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.rollout.registry import Entry, Registry
 from megatron_rpp.rollout.sglang_server import SGLangServer
 from tests.support.processes import child_at
-
-SERVER = """
-import http.server, pathlib, sys
-if pathlib.Path(sys.argv[2]).exists():
-    sys.exit("weights are corrupt")
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(b'{"tp_size": 1, "device": "cpu"}')
-http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
-"""
 
 
 class Job:
@@ -83,7 +72,7 @@ class Serving:
         self._log = tmp_path / "sglang.txt"
 
         def command(port: int) -> list[str]:
-            return [sys.executable, "-c", SERVER, str(port), str(tmp_path / "broken")]
+            return [sys.executable, "-c", SPAWNED, str(port), str(tmp_path / "broken")]
 
         def make(address: str) -> SGLangServer:
             return SGLangServer("", config.rollout, dtype="float32", log_path=self._log, host=address, command=command)

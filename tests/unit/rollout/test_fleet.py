@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from fake_sglang import FakeServer, running
+from fake_sglang import SPAWNED, FakeServer, running
 
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.schema import Config, RolloutConfig, RunConfig
@@ -24,18 +24,6 @@ from megatron_rpp.rollout.fleet import Server, ServerFleet
 from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.rollout.urls_file import parse_urls
 from tests.support.processes import child_at
-
-SPAWNED = """
-import http.server, json, os, pathlib, sys
-if pathlib.Path(sys.argv[2]).exists():
-    sys.exit("weights are corrupt")
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps({"tp_size": 1, "device": "cpu", "pid": os.getppid()}).encode())
-http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
-"""
 
 
 @pytest.fixture
