@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from megatron_rpp.config import job, schema
+from megatron_rpp.config import data, job, reward, rollout, schema
 from megatron_rpp.config.schema import Config
 
 
@@ -70,7 +70,10 @@ def _walk(node: Any, prefix: str, docs: Mapping[tuple[str, str], str]) -> Iterat
 def _docstrings() -> dict[tuple[str, str], str]:
     """(class, field) -> the string literal under the field. Python drops it, so the source is parsed."""
     found: dict[tuple[str, str], str] = {}
-    trees = [ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8")) for module in (schema, job)]
+    trees = [
+        ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
+        for module in (schema, job, rollout, reward, data)
+    ]
     for node in (node for tree in trees for node in tree.body):
         if not isinstance(node, ast.ClassDef):
             continue

@@ -8,9 +8,11 @@ Defaults are the paper's Table 1 (arXiv 2501.03262) where it names a value.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
+from megatron_rpp.config.data import DataConfig, EvalConfig
 from megatron_rpp.config.job import CheckpointConfig, SlurmConfig, WatchdogConfig
+from megatron_rpp.config.reward import RewardConfig
+from megatron_rpp.config.rollout import RolloutConfig, ScheduleConfig
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How many ranks share the model; tensor x pipeline x data is the job's world size."""
+    """How many ranks share the model; tensor x pipeline x context x data is the job's world size."""
 
     tensor: int = 1
     """Tensor-parallel size (TP)."""
@@ -61,6 +63,8 @@ class ParallelConfig:
     """Layers on the last pipeline stage, which also computes logits; 0: as many as on the others."""
     sequence: bool = False
     """Sequence parallelism: norms and residuals split over the TP ranks. Needs tensor > 1."""
+    context: int = 1
+    """Context-parallel size (CP): ranks that share the tokens of a sequence. Needs train.micro_batch_tokens."""
     data: int = 1
     """Data-parallel size (DP): replicas of the model, each with its own prompts."""
     expert: int = 1
@@ -71,7 +75,7 @@ class ParallelConfig:
     @property
     def world_size(self) -> int:
         """Ranks of the trainer."""
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.context * self.data
 
 
 @dataclass(frozen=True)
@@ -144,125 +148,15 @@ class AlgorithmConfig:
 
 
 @dataclass(frozen=True)
-class RolloutConfig:
-    """Sampling by SGLang."""
-
-    num_prompts: int = 256
-    """Prompts sampled in one step, over all data-parallel replicas (the paper's rollout batch)."""
-    max_response_tokens: int = 1024
-    """Longest response; a longer one is truncated and counted as such."""
-    context_length: int = 2048
-    """Longest prompt plus response, in tokens."""
-    temperature: float = 1.0
-    """Sampling temperature; log-probs everywhere are those of the tempered distribution."""
-    top_p: float = 1.0
-    """Nucleus sampling; below 1 the engine samples from less than the distribution that it gives log-probs of."""
-    urls: tuple[str, ...] = ()
-    """Running SGLang servers to attach to; without this, urls_file and registry the trainer spawns its own."""
-    urls_file: str = ""
-    """File with the URL of a running server on each line, read again before every step: servers join and leave."""
-    registry: bool = False
-    """Servers announce themselves in the job's store (`rpp serve`), on any host; they join and leave."""
-    num_servers: int = 1
-    """Servers that the trainer spawns, each with its own tensor-parallel ranks; of a registry, those it starts with."""
-    port: int = 0
-    """Port of the first spawned server on loopback, the next ones follow; 0 takes free ones."""
-    server_tensor: int = 1
-    """Tensor-parallel size of each spawned server; attached ones say theirs themselves."""
-    server_args: tuple[str, ...] = ()
-    """More arguments for `sglang.launch_server`, as on its command line."""
-    max_total_tokens: int = 20_000
-    """KV-cache size of a spawned server, in tokens, if context_length is not larger (CPU only)."""
-    release_memory: bool = False
-    """Servers share the trainer's GPUs: they give their memory back while the trainer computes."""
-    startup_deadline_s: float = 300.0
-    """A server must be healthy within this time; a run that has none waits max_retries + 1 times as long for one."""
-    health_deadline_s: float = 60.0
-    """A server without a sign of life for so long is taken for dead, and its requests go to others."""
-    restart_backoff_s: float = 1.0
-    """Wait before a server that has died is started again; it doubles each time, up to a minute."""
-    request_deadline_s: float = 600.0
-    """One step's sampling must end within this time."""
-    max_concurrent_requests: int = 64
-    """Requests in flight at once; a request holds the samples of one prompt."""
-    max_retries: int = 3
-    """Times that a failed request is sent again, and that a failed weight sync or step's sampling is repeated."""
-    record: str = "resume"
-    """Sampled tokens kept in the run directory: resume (what a resumed run would sample again), all, or off."""
-    replay: str = ""
-    """Run directory whose recorded responses are used instead of sampling, where it has them."""
-
-    @property
-    def spawns_servers(self) -> bool:
-        """Whether the trainer starts its servers itself, rather than attach to running ones."""
-        return not (self.urls or self.urls_file or self.registry)
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """How a response is scored."""
-
-    kind: str = "math_answer"
-    """math_answer (verifies the final answer with math-verify) or reasoning_gym (the task's own verifier)."""
-    correct: float = 1.0
-    """Reward of a right answer."""
-    wrong: float = 0.0
-    """Reward of a wrong answer."""
-    time_limit_s: float = 5.0
-    """Limit for verifying one answer; past it the answer counts as wrong."""
-    overlong_buffer_tokens: int = 0
-    """Soft overlong penalty: the last tokens before rollout.max_response_tokens cost more and more; 0: off."""
-    overlong_penalty: float = 1.0
-    """What a response of rollout.max_response_tokens loses by the soft overlong penalty."""
-    normalization: str = "none"
-    """none, group (by the prompt's mean and deviation) or running (by those of all rewards so far)."""
-
-
-@dataclass(frozen=True)
-class SourceConfig:
-    """One source of prompts."""
-
-    kind: str = "jsonl"
-    """jsonl (one object a line with `prompt` and `answer`) or reasoning_gym (procedural)."""
-    path: str = ""
-    """File of a jsonl source."""
-    task: str = ""
-    """Task name of a reasoning_gym source, such as chain_sum."""
-    task_args: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the reasoning_gym task."""
-    size: int = 25_000
-    """Problems to generate (reasoning_gym) or the most to read (jsonl)."""
-    seed: int = 0
-    """Seed of a reasoning_gym source; give train and eval different ones."""
-
-    @property
-    def is_set(self) -> bool:
-        """Whether anything of it has been set, complete or not."""
-        return bool(self.path or self.task) or self.kind != "jsonl"
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Prompts for training and evaluation."""
-
-    train: SourceConfig = field(default_factory=SourceConfig)
-    """Training prompts."""
-    eval: SourceConfig = field(default_factory=SourceConfig)
-    """Held-out prompts; without a path or a task nothing is evaluated."""
-    prompt_template: str = "{prompt}"
-    """Text of a prompt; names in braces are keys of the JSONL object or of the reasoning-gym entry."""
-    chat_template: bool = False
-    """Wrap the prompt as a user turn in the tokenizer's chat template."""
-
-
-@dataclass(frozen=True)
 class TrainConfig:
     """Optimizer steps on one rollout batch."""
 
     batch_size: int = 128
     """Responses in one optimizer step, over all replicas (the paper's train batch)."""
     micro_batch_size: int = 8
-    """Responses in one forward-backward pass of one replica."""
+    """Responses in one forward-backward pass of one replica, padded to the longest, where micro_batch_tokens is 0."""
+    micro_batch_tokens: int = 0
+    """Tokens in one forward-backward pass of one replica, packed without padding and balanced over replicas; 0: off."""
     logprob_chunk_tokens: int = 64
     """Tokens whose float32 logits exist at once while log-probs are computed."""
 
@@ -334,16 +228,6 @@ class ParityConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """Held-out accuracy during training."""
-
-    interval: int = 10
-    """Steps between evaluations; also before the first (written with step 0) and after the last. 0: never."""
-    num_prompts: int = 256
-    """Prompts of one evaluation."""
-
-
-@dataclass(frozen=True)
 class SftConfig:
     """Supervised warm start (`rpp sft`)."""
 
@@ -376,6 +260,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_rpp.config.algorithm import check_algorithm
+from megatron_rpp.config.data import SourceConfig
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.fields import flatten
 from megatron_rpp.config.ranges import check_ranges
-from megatron_rpp.config.schema import Config, SourceConfig
+from megatron_rpp.config.schema import Config
 from megatron_rpp.config.urls import is_url
 
 Command = Literal["train", "sft"]

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_rpp.config.schema import DataConfig, SourceConfig
+from megatron_rpp.config.data import DataConfig, SourceConfig
 from megatron_rpp.data.jsonl import first_present, list_names, read_jsonl
 from megatron_rpp.data.tokenizer import Tokenizer
 from megatron_rpp.experience.types import Prompt

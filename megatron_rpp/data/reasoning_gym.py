@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from random import Random
 from typing import Any
 
-from megatron_rpp.config.schema import SourceConfig
+from megatron_rpp.config.data import SourceConfig
 
 
 def gym_problems(source: SourceConfig) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:

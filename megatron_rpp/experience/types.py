@@ -21,11 +21,12 @@ from torch import Tensor
 class Prompt:
     """One problem, tokenized."""
 
-    id: int  # position in its source; unique there
+    id: int  # unique in the run's training prompts, or in its evaluation set
     text: str
     token_ids: tuple[int, ...]
     answer: str
     metadata: dict[str, Any] = field(default_factory=dict)  # what a verifier may want
+    source: str = ""  # its name in data.sources or data.evals; empty for data.train and data.eval
 
 
 UNSYNCED = -1
@@ -76,6 +77,7 @@ class ExperienceBatch:
     rollout_logprobs: Tensor  # [B, S] float32, 0 where loss_mask is 0
     rewards: Tensor  # [B] float64
     group_ids: Tensor  # [B] int64, position of the prompt in the global batch
+    minibatch_ids: Tensor | None = None  # [B] int64, the optimizer step, of this rollout batch, that trains the row
     greedy_rewards: Tensor | None = None  # [B] float64, of the greedy response to the prompt (ReMax)
     old_logprobs: Tensor | None = None  # [B, S] float32
     ref_logprobs: Tensor | None = None  # [B, S] float32

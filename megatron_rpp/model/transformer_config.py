@@ -75,6 +75,7 @@ def _split_settings(parallel: ParallelConfig) -> dict[str, Any]:
         "num_layers_in_first_pipeline_stage": parallel.first_stage_layers or None,
         "num_layers_in_last_pipeline_stage": parallel.last_stage_layers or None,
         "sequence_parallel": parallel.sequence,
+        "context_parallel_size": parallel.context,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from megatron_rpp import device
@@ -65,6 +66,7 @@ def megatron_groups(config: ParallelConfig, seed: int, store: dist.Store, place:
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+        context_parallel_size=config.context,
         expert_model_parallel_size=config.expert,
         expert_tensor_parallel_size=config.expert_tensor,
         create_gloo_process_groups=False,
@@ -73,8 +75,9 @@ def megatron_groups(config: ParallelConfig, seed: int, store: dist.Store, place:
     return ParallelContext(
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
-        replica_group=parallel_state.get_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        replica_group=_replica_group(config),
         ep_group=parallel_state.get_expert_model_parallel_group(),
         etp_group=parallel_state.get_expert_tensor_parallel_group(),
         vpp_size=config.virtual_pipeline,
@@ -82,6 +85,20 @@ def megatron_groups(config: ParallelConfig, seed: int, store: dist.Store, place:
         store=store,
         place=place,
     )
+
+
+def _replica_group(config: ParallelConfig) -> dist.ProcessGroup:
+    """The TP x CP x PP ranks of this rank's replica, which Megatron has no group for. A collective over the whole job.
+
+    Megatron numbers ranks with TP innermost, then CP, DP and PP.
+    """
+    ranks = torch.arange(config.world_size).reshape(config.pipeline, config.data, -1)  # the last: CP x TP
+    own = None
+    for replica in ranks.unbind(1):
+        group = dist.new_group(replica.flatten().tolist())
+        own = group if dist.get_rank() in replica else own
+    assert own is not None
+    return own
 
 
 def shutdown() -> None:

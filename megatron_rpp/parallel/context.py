@@ -13,17 +13,19 @@ from megatron_rpp.parallel.environment import JobPlace
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """One rank's place in the TP x PP x DP grid.
+    """One rank's place in the TP x CP x DP x PP grid.
 
-    A replica is one whole copy of the model: the TP x PP ranks that share a data-parallel index. Experts
-    divide the TP x DP ranks of a stage otherwise, into ETP x EP x (their own data-parallel ranks); so with
+    A replica is one whole copy of the model: the TP x CP x PP ranks that share a data-parallel index. Its CP ranks
+    hold the same weights and the same rows, and share the tokens of each sequence. Experts
+    divide the TP x CP x DP ranks of a stage otherwise, into ETP x EP x (their own data-parallel ranks); so with
     EP above 1 a replica may hold only some of them.
     """
 
     tp_group: ProcessGroup
     pp_group: ProcessGroup
-    dp_group: ProcessGroup  # same model shard, other replicas
-    replica_group: ProcessGroup  # Megatron's model-parallel group: TP x PP
+    cp_group: ProcessGroup  # same model shard and rows, other tokens of each sequence
+    dp_group: ProcessGroup  # same model shard and CP rank, other replicas
+    replica_group: ProcessGroup  # TP x CP x PP
     ep_group: ProcessGroup  # the ranks that share out a layer's experts
     etp_group: ProcessGroup  # the ranks that share out each expert's rows or columns
     vpp_size: int
@@ -50,6 +52,14 @@ class ParallelContext:
     @property
     def pp_rank(self) -> int:
         return self.pp_group.rank()
+
+    @property
+    def cp_size(self) -> int:
+        return self.cp_group.size()
+
+    @property
+    def cp_rank(self) -> int:
+        return self.cp_group.rank()
 
     @property
     def dp_size(self) -> int:
@@ -79,4 +89,4 @@ class ParallelContext:
     @property
     def is_stage_leader(self) -> bool:
         """The rank that speaks for its pipeline stage: the first of the first replica's."""
-        return self.tp_rank == 0 and self.dp_rank == 0
+        return self.tp_rank == 0 and self.cp_rank == 0 and self.dp_rank == 0

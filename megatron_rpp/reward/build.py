@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_rpp.config.schema import RewardConfig, SourceConfig
+from megatron_rpp.config.data import SourceConfig
+from megatron_rpp.config.reward import RewardConfig
 from megatron_rpp.reward.math_answer import MathAnswerReward
 from megatron_rpp.reward.protocol import Reward
 from megatron_rpp.reward.reasoning_gym import ReasoningGymReward

@@ -7,7 +7,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from megatron_rpp.config.schema import RolloutConfig
+from megatron_rpp.config.rollout import RolloutConfig
 from megatron_rpp.experience.types import UNSYNCED
 from megatron_rpp.rollout.backoff import Backoff
 from megatron_rpp.rollout.http import post_json

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_rpp.config.errors import ConfigError
-from megatron_rpp.config.schema import Config, RolloutConfig
+from megatron_rpp.config.rollout import RolloutConfig
+from megatron_rpp.config.schema import Config
 from megatron_rpp.device import sglang_cpu
 from megatron_rpp.model.hf_io import fp8_blocks
 from megatron_rpp.parallel.interfaces import choose_interfaces

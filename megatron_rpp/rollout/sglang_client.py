@@ -8,7 +8,7 @@ from typing import Any
 
 import aiohttp
 
-from megatron_rpp.config.schema import RolloutConfig
+from megatron_rpp.config.rollout import RolloutConfig
 from megatron_rpp.experience.types import Prompt, Rollout
 from megatron_rpp.rollout.http import HttpFailure, reply_message
 from megatron_rpp.rollout.payloads import generate_payloads

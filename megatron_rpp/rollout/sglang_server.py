@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from megatron_rpp.config.preflight import claim_port
-from megatron_rpp.config.schema import RolloutConfig
+from megatron_rpp.config.rollout import RolloutConfig
 from megatron_rpp.parallel import die_with_parent
 from megatron_rpp.parallel.stop_request import held_for_child
 from megatron_rpp.rollout.addresses import base_url

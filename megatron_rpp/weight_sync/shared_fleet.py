@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-from megatron_rpp.config.schema import RolloutConfig
+from megatron_rpp.config.rollout import RolloutConfig
 from megatron_rpp.parallel.collectives import words_of
 from megatron_rpp.rollout import control
 from megatron_rpp.rollout.fleet import Server, ServerFleet

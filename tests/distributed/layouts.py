@@ -41,7 +41,7 @@ def layouts_of(family: str) -> dict[str, ParallelConfig]:
 
 def run_on(layout: ParallelConfig, script: str, arguments: dict[str, Any], out: Path) -> None:
     """Run tests/distributed/SCRIPT on every rank of `layout`; it finds its arguments in sys.argv."""
-    world_size = layout.tensor * layout.pipeline * layout.data
+    world_size = layout.world_size
     run_ranks(f"tests.distributed.{script}", [json.dumps(asdict(layout)), json.dumps(arguments)], world_size, out)
 
 

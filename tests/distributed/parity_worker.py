@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from megatron_rpp.config.schema import Config, ModelConfig, ParallelConfig, ParityConfig, RolloutConfig, TrainConfig
+from megatron_rpp.config.rollout import RolloutConfig
+from megatron_rpp.config.schema import Config, ModelConfig, ParallelConfig, ParityConfig, TrainConfig
 from megatron_rpp.engine.score import score
 from megatron_rpp.experience.collate import collate
 from megatron_rpp.experience.types import ExperienceBatch, Prompt, Rollout, VersionSpan

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from megatron_rpp.config.schema import RolloutConfig
+from megatron_rpp.config.rollout import RolloutConfig
 from megatron_rpp.rollout.sglang_server import SGLangServer
 from tests.support.servers import running
 

@@ -16,7 +16,8 @@ from typing import Any
 from megatron.core import parallel_state
 from torch.distributed import PrefixStore
 
-from megatron_rpp.config.schema import Config, ModelConfig, ParallelConfig, RolloutConfig, WeightSyncConfig
+from megatron_rpp.config.rollout import RolloutConfig
+from megatron_rpp.config.schema import Config, ModelConfig, ParallelConfig, WeightSyncConfig
 from megatron_rpp.model.build import Model, build_model
 from megatron_rpp.model.load_hf import load_hf_weights
 from megatron_rpp.observability.logs import setup_logging

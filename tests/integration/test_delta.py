@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_rpp.config.schema import RolloutConfig
+from megatron_rpp.config.rollout import RolloutConfig
 from megatron_rpp.rollout import control
 from megatron_rpp.rollout.http import post_json
 from megatron_rpp.rollout.in_server.delta_loader import LOADER

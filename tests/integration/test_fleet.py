@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_rpp.config.schema import Config, ModelConfig, RolloutConfig, RunConfig
+from megatron_rpp.config.rollout import RolloutConfig
+from megatron_rpp.config.schema import Config, ModelConfig, RunConfig
 from megatron_rpp.experience.types import Prompt, Rollout
 from megatron_rpp.rollout.fleet import Server, ServerFleet
 from megatron_rpp.rollout.http import post_json

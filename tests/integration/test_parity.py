@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rpp.config.schema import Config, ModelConfig, ParityConfig, RolloutConfig, TrainConfig
+from megatron_rpp.config.rollout import RolloutConfig
+from megatron_rpp.config.schema import Config, ModelConfig, ParityConfig, TrainConfig
 from megatron_rpp.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_rpp.engine.score import score
 from megatron_rpp.experience.collate import collate

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from megatron_rpp.config.schema import RolloutConfig
+from megatron_rpp.config.rollout import RolloutConfig
 from megatron_rpp.experience.types import Prompt, Rollout
 from megatron_rpp.rollout.protocol import RolloutError, SamplingParams
 from megatron_rpp.rollout.sglang_client import SGLangClient
@@ -168,7 +168,7 @@ def test_stop_leaves_no_process(sglang_server: SGLangServer) -> None:
 _TRAINER = """
 import sys, time
 from pathlib import Path
-from megatron_rpp.config.schema import RolloutConfig
+from megatron_rpp.config.rollout import RolloutConfig
 from megatron_rpp.rollout.sglang_server import SGLangServer
 rollout, log_path = RolloutConfig(context_length=256), Path(sys.argv[2])
 server = SGLangServer(sys.argv[1], rollout, dtype="float32", log_path=log_path)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoint_tools import hf_to_megatron, megatron_to_hf
-from megatron_rpp.config.schema import RolloutConfig
+from megatron_rpp.config.rollout import RolloutConfig
 from megatron_rpp.data.tokenizer import load_tokenizer
 from megatron_rpp.experience.types import Prompt
 from megatron_rpp.rollout.protocol import SamplingParams

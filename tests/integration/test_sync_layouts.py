@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from megatron_rpp.config.schema import ParallelConfig, RolloutConfig
+from megatron_rpp.config.rollout import RolloutConfig
+from megatron_rpp.config.schema import ParallelConfig
 from megatron_rpp.rollout import control
 from megatron_rpp.rollout.http import post_json
 from megatron_rpp.rollout.in_server.delta_loader import LOADER

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rpp.config.schema import RolloutConfig
+from megatron_rpp.config.rollout import RolloutConfig
 from megatron_rpp.data.tokenizer import load_tokenizer
 from megatron_rpp.model.hf_io.model_files import copy_model_files
 from megatron_rpp.rollout.server_command import server_environment

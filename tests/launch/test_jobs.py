@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_rpp.config.schema import RolloutConfig
+from megatron_rpp.config.rollout import RolloutConfig
 from megatron_rpp.rollout.server_command import server_command, server_environment
 from tests.launch.cluster import REPOSITORY, Cluster
 from tests.launch.runs import Run, shipped_script

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from megatron_rpp import cli
-from megatron_rpp.config.schema import RolloutConfig
+from megatron_rpp.config.rollout import RolloutConfig
 from megatron_rpp.rollout import sglang_server
 
 SERVER = """

@@ -16,7 +16,8 @@ import pytest
 
 from megatron_rpp.commands import serve
 from megatron_rpp.config.errors import ConfigError
-from megatron_rpp.config.schema import Config, RolloutConfig
+from megatron_rpp.config.rollout import RolloutConfig
+from megatron_rpp.config.schema import Config
 from megatron_rpp.parallel.environment import JobPlace
 from megatron_rpp.parallel.rendezvous import open_store
 from megatron_rpp.rollout.registry import Registry

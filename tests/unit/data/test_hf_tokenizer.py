@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_rpp.config.schema import DataConfig
+from megatron_rpp.config.data import DataConfig
 from megatron_rpp.data.prompts import load_demonstrations
 from megatron_rpp.data.tokenizer import load_tokenizer
 from tests.support.tokenizer_dirs import write_fast

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rpp.config.schema import DataConfig, SourceConfig
+from megatron_rpp.config.data import DataConfig, SourceConfig
 from megatron_rpp.data.jsonl import check_jsonl
 from megatron_rpp.data.prompts import PromptSource, load_demonstrations, load_prompts
 from megatron_rpp.experience.types import Prompt

@@ -11,7 +11,9 @@ import torch
 
 from megatron_rpp.algorithm.shaping import RunningMoments
 from megatron_rpp.config.presets import algorithm_config
-from megatron_rpp.config.schema import AlgorithmConfig, Config, RewardConfig, RolloutConfig
+from megatron_rpp.config.reward import RewardConfig
+from megatron_rpp.config.rollout import RolloutConfig
+from megatron_rpp.config.schema import AlgorithmConfig, Config
 from megatron_rpp.engine import advantages as module
 from megatron_rpp.engine.advantages import ShapingState, add_advantages, shaped_rewards
 from megatron_rpp.experience.types import ExperienceBatch

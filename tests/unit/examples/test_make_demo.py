@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_rpp.config.schema import DataConfig, SourceConfig
+from megatron_rpp.config.data import DataConfig, SourceConfig
 from megatron_rpp.data.prompts import load_demonstrations, load_prompts
 from megatron_rpp.data.tokenizer import load_tokenizer
 

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from megatron_rpp.config.schema import RewardConfig, SourceConfig
+from megatron_rpp.config.data import SourceConfig
+from megatron_rpp.config.reward import RewardConfig
 from megatron_rpp.experience.types import Prompt, Rollout, VersionSpan
 from megatron_rpp.reward.build import build_reward
 from megatron_rpp.reward.extract import final_answer, plain_number

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import reasoning_gym
 
-from megatron_rpp.config.schema import RewardConfig, SourceConfig
+from megatron_rpp.config.data import SourceConfig
+from megatron_rpp.config.reward import RewardConfig
 from megatron_rpp.data.reasoning_gym import gym_problems
 from megatron_rpp.experience.types import Prompt, Rollout, VersionSpan
 from megatron_rpp.reward.build import build_reward

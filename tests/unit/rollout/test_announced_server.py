@@ -19,7 +19,8 @@ import pytest
 import torch.distributed as dist
 from fake_sglang import SPAWNED
 
-from megatron_rpp.config.schema import Config, RolloutConfig, RunConfig, WeightSyncConfig
+from megatron_rpp.config.rollout import RolloutConfig
+from megatron_rpp.config.schema import Config, RunConfig, WeightSyncConfig
 from megatron_rpp.parallel.environment import JobPlace
 from megatron_rpp.parallel.rendezvous import open_store
 from megatron_rpp.rollout.announced_server import AnnouncedServer

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fake_sglang import STOP, FakeServer, Reply, running, samples_of
 
-from megatron_rpp.config.schema import RolloutConfig
+from megatron_rpp.config.rollout import RolloutConfig
 from megatron_rpp.experience.types import Prompt, Rollout
 from megatron_rpp.rollout.protocol import RolloutError, SamplingParams
 from megatron_rpp.rollout.replies import version_spans

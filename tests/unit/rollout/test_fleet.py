@@ -17,7 +17,8 @@ import pytest
 from fake_sglang import SPAWNED, FakeServer, running
 
 from megatron_rpp.config.errors import ConfigError
-from megatron_rpp.config.schema import Config, RolloutConfig, RunConfig
+from megatron_rpp.config.rollout import RolloutConfig
+from megatron_rpp.config.schema import Config, RunConfig
 from megatron_rpp.rollout import backoff
 from megatron_rpp.rollout.backoff import Backoff
 from megatron_rpp.rollout.fleet import Server, ServerFleet

@@ -12,7 +12,8 @@ import pytest
 import torch.distributed as dist
 from fake_sglang import FakeServer, running
 
-from megatron_rpp.config.schema import Config, RolloutConfig
+from megatron_rpp.config.rollout import RolloutConfig
+from megatron_rpp.config.schema import Config
 from megatron_rpp.rollout.fleet import ServerFleet
 from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.rollout.registry import Registry

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from megatron_rpp.config.errors import ConfigError
-from megatron_rpp.config.schema import Config, OptimizerConfig, ParallelConfig, RolloutConfig, RunConfig, TrainConfig
+from megatron_rpp.config.rollout import RolloutConfig
+from megatron_rpp.config.schema import Config, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_rpp.experience.types import Prompt, Rollout, VersionSpan
 from megatron_rpp.rollout.journal import Journal, fingerprint, forget, journal_folder
 from megatron_rpp.rollout.protocol import SamplingParams

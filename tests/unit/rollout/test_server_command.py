@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_rpp.config.errors import ConfigError
-from megatron_rpp.config.schema import Config, ModelConfig, RolloutConfig, RunConfig, WeightSyncConfig
+from megatron_rpp.config.rollout import RolloutConfig
+from megatron_rpp.config.schema import Config, ModelConfig, RunConfig, WeightSyncConfig
 from megatron_rpp.rollout import sglang_server
 from megatron_rpp.rollout.fleet import ServerFleet
 from megatron_rpp.rollout.server_command import server_command, server_dtype

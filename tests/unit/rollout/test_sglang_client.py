@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fake_sglang import STOP, FakeServer, Reply, running, samples_of
 
-from megatron_rpp.config.schema import RolloutConfig
+from megatron_rpp.config.rollout import RolloutConfig
 from megatron_rpp.experience.types import Prompt
 from megatron_rpp.rollout.http import post_json
 from megatron_rpp.rollout.payloads import generate_payloads

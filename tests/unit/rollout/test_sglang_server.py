@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_rpp.config.schema import RolloutConfig
+from megatron_rpp.config.rollout import RolloutConfig
 from megatron_rpp.device import sglang_cpu
 from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.rollout.server_command import server_command, server_environment

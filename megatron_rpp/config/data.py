@@ -1,0 +1,77 @@
+"""The sections `data` and `eval`: which problems are trained on and which are held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of prompts."""
+
+    kind: str = "jsonl"
+    """jsonl (one object a line with `prompt` and `answer`), parquet, huggingface (saved to disk), reasoning_gym."""
+    path: str = ""
+    """File of a jsonl source, file or folder of a parquet one, folder of `Dataset.save_to_disk`."""
+    split: str = ""
+    """Of a huggingface source with several splits: the one to read."""
+    answer_key: str = "answer"
+    """Key of the right answer; dotted for one in a nested table, such as reward_model.ground_truth."""
+    weight: float = 0.0
+    """Share of the prompts that come from this source, of data.sources; 0: by its size."""
+    reward: str = ""
+    """Kind of reward of this source's prompts; empty: reward.kind."""
+    pass_rate_key: str = "pass_rate"
+    """Key of a problem's known pass rate, from 0 to 1, for the filter and the curriculum."""
+    min_pass_rate: float = 0.0
+    """Problems with a lower known pass rate are left out."""
+    max_pass_rate: float = 1.0
+    """Problems with a higher known pass rate are left out."""
+    task: str = ""
+    """Task name of a reasoning_gym source, such as chain_sum."""
+    task_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the reasoning_gym task."""
+    size: int = 25_000
+    """Problems to generate (reasoning_gym) or the most to read (other kinds)."""
+    seed: int = 0
+    """Seed of a reasoning_gym source; give train and eval different ones."""
+
+    @property
+    def is_set(self) -> bool:
+        """Whether anything of it has been set, complete or not."""
+        return bool(self.path or self.task) or self.kind != "jsonl"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts for training and evaluation."""
+
+    train: SourceConfig = field(default_factory=SourceConfig)
+    """Training prompts."""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Named training sources that are mixed by weight, instead of data.train: data.sources.NAME.path and so on."""
+    curriculum: str = "none"
+    """Order of the prompts in an epoch: none (shuffled) or easy_first (by falling pass rate)."""
+    eval: SourceConfig = field(default_factory=SourceConfig)
+    """Held-out prompts; without a path or a task nothing is evaluated."""
+    evals: dict[str, SourceConfig] = field(default_factory=dict)
+    """More held-out sets, by name: data.evals.NAME.path and so on; metrics are eval/NAME/..."""
+    prompt_template: str = "{prompt}"
+    """Text of a prompt; names in braces are keys of the JSONL object or of the reasoning-gym entry."""
+    chat_template: bool = False
+    """Wrap the prompt as a user turn in the tokenizer's chat template."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out accuracy during training."""
+
+    interval: int = 10
+    """Steps between evaluations; also before the first (written with step 0) and after the last. 0: never."""
+    num_prompts: int = 256
+    """Prompts of one evaluation, of each set."""
+    samples: int = 1
+    """Responses sampled to each prompt, for pass@k and maj@k."""
+    pass_at: tuple[str, ...] = ()
+    """The k of pass@k and maj@k; empty: 1 and eval.samples."""
