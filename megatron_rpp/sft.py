@@ -59,7 +59,7 @@ def _train(config: Config, parallel: ParallelContext, watchdog: Watchdog) -> Non
         count, _ = global_counts(batch, model)
         head = SftHead(logprob_head(model, config, temperature=1.0), count)
         with watchdog.phase("train"):
-            sums, norm = optimizer_step(model, optimizer, batch, head, config.train.micro_batch_size)
+            sums, norm = optimizer_step(model, optimizer, batch, head, config.train)
         if parallel.rank == 0 and ((step + 1) % REPORT_EVERY == 0 or step + 1 == sft.steps):
             seconds = time.monotonic() - started
             sys.stdout.write(

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rpp.config.schema import Config
+from megatron_rpp.config.schema import Config, TrainConfig
 from megatron_rpp.engine.pipeline import run_pipeline
 from megatron_rpp.engine.score import logits_head
 from megatron_rpp.experience.types import ExperienceBatch
@@ -58,7 +58,9 @@ def _megatron_logits(config: Config, parallel: ParallelContext) -> tuple[Tensor,
     empty = torch.zeros(ROWS, WIDTH, device=parallel.device)
     batch = ExperienceBatch(tokens, empty, empty, empty[:, 0], tokens[:, 0])
     with torch.no_grad():
-        found = run_pipeline(model, batch, logits_head(model), micro_batch_size=ROWS, forward_only=True)
+        found = run_pipeline(
+            model, batch, logits_head(model), train=TrainConfig(micro_batch_size=ROWS), forward_only=True
+        )
     return tokens, found["logits"]
 
 

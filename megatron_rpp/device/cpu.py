@@ -51,6 +51,8 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
+        # `get_pos_emb_on_this_cp_rank` pins an index for the copy to the GPU; without one there is no such memory.
+        kwargs.pop("pin_memory", None)
         return function(*args, **kwargs)
 
     return call

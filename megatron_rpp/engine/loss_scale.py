@@ -22,6 +22,12 @@ step's loss, whatever the layout. Megatron (0.16) would multiply L_dm by these f
 An expert's gradient comes from the tokens of all ranks that send it some, and its ranks sum it over those
 that hold the same expert (`engine.optimizer` has it reduced apart from the rest): a plain sum again.
 
+The CP ranks of a replica compute one and the same L_dm, from log-probs that each of them has in part:
+`sum_over_context` adds the parts up, and gives every rank the gradient of L_dm by its own part, unscaled. So each
+rank's parameters get the gradient through its own tokens (and, by the attention's reduce-scatter, through their
+keys and values), and the plain sum over DP x CP is the whole. What heads count is equal on CP ranks: it is summed
+over DP alone.
+
 Two more factors act on losses that we do not have: `MoEAuxLossAutoScaler` and `MTPLossAutoScaler` give the
 auxiliary losses the scale 1 under `calculate_per_token_loss` (each is then a sum over tokens, to be divided
 by N with the rest). `model.moe_config` turns the balancing of experts off; with it on, its scale would have
@@ -33,9 +39,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 
 def as_megatron_loss(loss: Tensor, outputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -51,3 +59,23 @@ def use_plain_gradient_sum(config: TransformerConfig) -> None:
         finalize_model_grads(model, None, **kwargs)
 
     config.finalize_model_grads_func = finalize
+
+
+def sum_over_context(part: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The sum of the CP ranks' parts, on each of them. The gradient of a part is that of the sum."""
+    if group is None or group.size() == 1:
+        return part
+    total: Tensor = _SumOverContext.apply(part, group)
+    return total
+
+
+class _SumOverContext(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: ProcessGroup) -> Tensor:
+        total = part.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient, None

@@ -6,22 +6,26 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_rpp.config.schema import TrainConfig
 from megatron_rpp.engine.heads import Head
 from megatron_rpp.engine.loss_scale import as_megatron_loss
-from megatron_rpp.experience.collate import split_microbatches
+from megatron_rpp.engine.microbatches import cut_batch
+from megatron_rpp.experience.packing import Microbatch
 from megatron_rpp.experience.types import ExperienceBatch
 from megatron_rpp.model.build import Model
-from megatron_rpp.parallel.collectives import max_over, share_tensors
+from megatron_rpp.parallel.collectives import share_tensors
 
 
 def run_pipeline(
-    model: Model, batch: ExperienceBatch, head: Head, *, micro_batch_size: int, forward_only: bool
+    model: Model, batch: ExperienceBatch, head: Head, *, train: TrainConfig, forward_only: bool
 ) -> dict[str, Tensor]:
-    """Run `batch` through the model in microbatches and answer on every pipeline stage.
+    """Run `batch` through the model in microbatches and answer on every pipeline stage and CP rank.
 
+    `train` says how it is cut. Packed, rows without response tokens are left out, and what belongs to them is 0.
     With `forward_only=False` the gradients are left, fully reduced, in the model's gradient buffers.
 
     Returns:
@@ -29,60 +33,61 @@ def run_pipeline(
         columns at the end), scalars summed.
     """
     parallel = model.parallel
-    least_rows, least_length = _largest(model, batch)
-    microbatches = split_microbatches(
-        batch,
-        micro_batch_size,
-        count_multiple=parallel.pp_size if parallel.vpp_size > 1 else 1,
-        length_multiple=parallel.tp_size if model.config.sequence_parallel else 1,
-        least_rows=least_rows,
-        least_length=least_length,
-    )
+    microbatches = cut_batch(model, batch, train)
     iterators = [iter(microbatches) for _ in model.chunks]
     outputs = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, head),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=model.chunks,
         num_microbatches=len(microbatches),
-        seq_length=microbatches[0].tokens.shape[1],
-        micro_batch_size=micro_batch_size,
+        # Shapes between stages: Megatron divides the length by CP and, with sequence parallelism, by TP.
+        seq_length=microbatches[0].positions // microbatches[0].width,
+        micro_batch_size=microbatches[0].width,
         forward_only=forward_only,
     )
-    joined = _join(outputs, len(batch)) if parallel.is_last_stage else None
+    joined = _join(outputs, microbatches, len(batch)) if parallel.is_last_stage else None
     return share_tensors(parallel.pp_group, joined, parallel.pp_size - 1, parallel.device)
 
 
-def _largest(model: Model, batch: ExperienceBatch) -> tuple[int, int]:
-    """(rows, length) of the largest batch among replicas whose tokens meet in the same experts.
-
-    Their token dispatchers exchange equally shaped microbatches, and equally many of them.
-    """
-    parallel = model.parallel
-    shape = torch.tensor([len(batch), batch.tokens.shape[1]], device=parallel.device)
-    if model.hf.moe is not None and parallel.ep_size * parallel.etp_size > 1:
-        shape = max_over(parallel.dp_group)(shape)
-    rows, length = shape.tolist()
-    return rows, length
-
-
 def _forward_step(
-    head: Head, microbatches: Iterator[ExperienceBatch], chunk: torch.nn.Module
+    head: Head, microbatches: Iterator[Microbatch], chunk: torch.nn.Module
 ) -> tuple[Tensor, partial[tuple[Tensor, Tensor, dict[str, Tensor]]]]:
     micro = next(microbatches)
     positions = torch.arange(micro.tokens.shape[1], device=micro.tokens.device).expand_as(micro.tokens)
-    output = chunk(micro.tokens, positions, attention_mask=None)
+    output = chunk(micro.tokens, positions, attention_mask=None, packed_seq_params=_packed_params(micro))
     # Megatron calls the second value on the last stage only, with the logits [b, S, V / tp_size].
     return output, partial(_loss, head, micro)
 
 
-def _loss(head: Head, micro: ExperienceBatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _packed_params(micro: Microbatch) -> PackedSeqParams | None:
+    """Padding in a slot is part of its sequence: all that attention and rotary embeddings know are slots."""
+    if micro.cu_seqlens is None:
+        return None
+    bounds, longest = micro.cu_seqlens, int(micro.cu_seqlens.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        cu_seqlens_q_padded=bounds,
+        cu_seqlens_kv_padded=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def _loss(head: Head, micro: Microbatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     loss, outputs = head(logits, micro)
     return as_megatron_loss(loss, {name: value.detach() for name, value in outputs.items()})
 
 
-def _join(outputs: Sequence[dict[str, Tensor]], rows: int) -> dict[str, Tensor]:
+def _join(outputs: Sequence[dict[str, Tensor]], microbatches: Sequence[Microbatch], rows: int) -> dict[str, Tensor]:
     joined = {}
     for name in outputs[0]:
         values = [o[name] for o in outputs]
-        joined[name] = torch.stack(values).sum() if values[0].dim() == 0 else torch.cat(values)[:rows].contiguous()
+        if values[0].dim() == 0:
+            joined[name] = torch.stack(values).sum()
+            continue
+        joined[name] = values[0].new_zeros(rows, *values[0].shape[1:])
+        for value, micro in zip(values, microbatches, strict=True):
+            joined[name][micro.index] = value[: len(micro.index)]
     return joined

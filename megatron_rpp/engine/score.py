@@ -28,21 +28,24 @@ def score(batch: ExperienceBatch, policy: Model, reference: Model | None, config
 
 def logits_head(model: Model) -> LogitsHead:
     """Whole logits of `model`, as its authors define them."""
-    return LogitsHead(model.hf.vocab_size, model.parallel.tp_group, model.hf.logits_softcap)
+    return LogitsHead(
+        model.hf.vocab_size, model.parallel.tp_group, model.parallel.cp_group, softcap=model.hf.logits_softcap
+    )
 
 
 def logprob_head(model: Model, config: Config, temperature: float) -> LogprobHead:
-    """The log-prob head of `model`, over its TP group."""
+    """The log-prob head of `model`, over its TP and CP groups."""
     return LogprobHead(
         vocab_size=model.hf.vocab_size,
         temperature=temperature,
         chunk_tokens=config.train.logprob_chunk_tokens,
         tp_group=model.parallel.tp_group if model.parallel.tp_size > 1 else None,
         softcap=model.hf.logits_softcap,
+        cp_group=model.parallel.cp_group if model.parallel.cp_size > 1 else None,
     )
 
 
 def _score_one(batch: ExperienceBatch, model: Model, config: Config) -> dict[str, torch.Tensor]:
     head = logprob_head(model, config, config.rollout.temperature)
     with torch.no_grad():
-        return run_pipeline(model, batch, head, micro_batch_size=config.train.micro_batch_size, forward_only=True)
+        return run_pipeline(model, batch, head, train=config.train, forward_only=True)

@@ -16,12 +16,14 @@ def collate(
     rewards: Sequence[float],
     greedy_rewards: Sequence[float] | None = None,
     *,
+    minibatch_ids: Sequence[int] | None = None,
     pad_token_id: int,
     device: torch.device,
 ) -> ExperienceBatch:
     """One row a rollout, prompt then response, padded on the right to the longest.
 
     `greedy_rewards`, where the estimator wants them, has one value a rollout: of its prompt's greedy response.
+    `minibatch_ids`: the optimizer step that trains each (engine/balance.py).
     """
     rows = [(r.prompt.token_ids, r.response_ids) for r in rollouts]
     tokens, loss_mask = pad_rows(rows, pad_token_id)
@@ -35,13 +37,16 @@ def collate(
         greedy_rewards=(
             None if greedy_rewards is None else torch.tensor(list(greedy_rewards), dtype=torch.float64, device=device)
         ),
-        group_ids=torch.tensor([r.group_id for r in rollouts], device=device),
+        group_ids=torch.tensor([r.group_id for r in rollouts], dtype=torch.int64, device=device),
+        minibatch_ids=(
+            None if minibatch_ids is None else torch.tensor(list(minibatch_ids), dtype=torch.int64, device=device)
+        ),
     )
 
 
 def pad_rows(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """(prompt ids, response ids) rows to (tokens [B, S] int64, loss_mask [B, S] float32), padded on the right."""
-    width = max(len(prompt) + len(response) for prompt, response in rows)
+    width = max((len(prompt) + len(response) for prompt, response in rows), default=1)
     tokens = torch.full((len(rows), width), pad_token_id, dtype=torch.int64)
     loss_mask = torch.zeros(len(rows), width)
     for row, (prompt, response) in enumerate(rows):
@@ -63,11 +68,11 @@ def split_microbatches(
     """Microbatches of `size` rows each, in order.
 
     Rows without response tokens fill the last one and, up to `count_multiple`, whole microbatches
-    (an interleaved pipeline schedule wants a multiple of the stages). S is rounded up to
+    (an interleaved pipeline schedule wants a multiple of the stages); there is at least one. S is rounded up to
     `length_multiple` (sequence parallelism splits it evenly). The batch is cut as if it had `least_rows`
     rows and `least_length` columns, where it has fewer.
     """
-    count = -(-max(len(batch), least_rows) // size)
+    count = -(-max(len(batch), least_rows, 1) // size)
     count = -(-count // count_multiple) * count_multiple
     rows = count * size - len(batch)
     length = max(batch.tokens.shape[1], least_length)

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_rpp.experience.chat import Chat
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -27,6 +29,13 @@ class Prompt:
     answer: str
     metadata: dict[str, Any] = field(default_factory=dict)  # what a verifier may want
     source: str = ""  # its name in data.sources or data.evals; empty for data.train and data.eval
+    pass_rate: float | None = None  # how often it is solved, from 0 to 1, where its source says so
+    turns: tuple[dict[str, Any], ...] = ()  # of a conversation; empty: `text` is what is asked
+
+    @property
+    def asked(self) -> Chat:
+        """What the tokenizer was given: the text, or a conversation."""
+        return self.turns or self.text
 
 
 UNSYNCED = -1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_rpp.config.errors import ConfigError
+from megatron_rpp.config.layout_words import by_keys
 from megatron_rpp.config.schema import Config, ParallelConfig
 from megatron_rpp.model.hf_config import HFConfig, MoE
 from megatron_rpp.model.hf_mapping import read_hf_config
@@ -54,7 +55,7 @@ def check_split(parallel: ParallelConfig, hf: HFConfig) -> None:
 
 
 def _check_experts(parallel: ParallelConfig, moe: MoE | None) -> None:
-    """Experts divide over the tensor x data ranks of a stage, and each over expert_tensor of them."""
+    """Experts divide over the tensor x context x data ranks of a stage, and each over expert_tensor of them."""
     for name, size in (("expert", parallel.expert), ("expert_tensor", parallel.expert_tensor)):
         if moe is None and size > 1:
             raise ConfigError(f"parallel.{name}={size} must be 1: the model has no experts")
@@ -69,9 +70,10 @@ def _check_experts(parallel: ParallelConfig, moe: MoE | None) -> None:
     if moe.ffn_hidden_size % parallel.expert_tensor:
         width = f"an expert's width, {moe.ffn_hidden_size}"
         raise ConfigError(f"parallel.expert_tensor={parallel.expert_tensor} must divide {width}")
-    if parallel.tensor * parallel.data % (parallel.expert * parallel.expert_tensor):
-        split = f"parallel.expert={parallel.expert} x parallel.expert_tensor={parallel.expert_tensor}"
-        raise ConfigError(f"{split} must divide parallel.tensor={parallel.tensor} x parallel.data={parallel.data}")
+    ranks = parallel.tensor * parallel.context * parallel.data
+    if ranks % (parallel.expert * parallel.expert_tensor):
+        split = by_keys(parallel, "expert", "expert_tensor")
+        raise ConfigError(f"{split} must divide {by_keys(parallel, 'tensor', 'context', 'data')}")
 
 
 def _check_stages(parallel: ParallelConfig, layers: int) -> None:

@@ -60,9 +60,10 @@ def entries_of(tensors: Iterator[tuple[str, Tensor]]) -> list[Entry]:
 
 
 def takes_part_in_export(model: Model) -> bool:
-    """Whether this rank must run `hf_tensors` for the first replica to get its tensors.
+    """Whether this rank must run `hf_tensors` for the first replica's first ranks to get its tensors.
 
-    The groups of experts reach across replicas; without any, the first replica is enough.
+    The groups of experts reach across replicas and context-parallel ranks; without any, those of one are enough.
     """
     parallel = model.parallel
-    return parallel.dp_rank == 0 or (model.hf.moe is not None and parallel.ep_size * parallel.etp_size > 1)
+    is_first_copy = parallel.dp_rank == 0 and parallel.cp_rank == 0
+    return is_first_copy or (model.hf.moe is not None and parallel.ep_size * parallel.etp_size > 1)

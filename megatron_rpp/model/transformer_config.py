@@ -61,6 +61,7 @@ def transformer_config(hf: HFConfig, config: Config) -> TransformerConfig:
         batch_p2p_comm=device.has_cuda(),  # gloo pairs isend and irecv by order only
         mtp_num_layers=hf.num_mtp_layers or None,
         **_split_settings(config.parallel),
+        **_shape_settings(hf, config),
         **moe_settings(hf, config.parallel, layer_spec),
         **mla_settings(hf, config.parallel, layer_spec),
     )
@@ -77,6 +78,20 @@ def _split_settings(parallel: ParallelConfig) -> dict[str, Any]:
         "sequence_parallel": parallel.sequence,
         "context_parallel_size": parallel.context,
     }
+
+
+def _shape_settings(hf: HFConfig, config: Config) -> dict[str, Any]:
+    """Whether pipeline stages tell each other the length of each microbatch; else `engine.microbatches` gives all one.
+
+    An interleaved schedule sends to both neighbours at once, which are one rank where there are two stages: shapes
+    would be taken for each other's. The allgather dispatcher, also of a model without experts, refuses lengths that
+    vary.
+    """
+    parallel = config.parallel
+    varies = config.train.micro_batch_tokens > 0 and parallel.pipeline > 1 and parallel.virtual_pipeline == 1
+    if not varies or hf.moe is not None:
+        return {}
+    return {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
 
 
 def _leave(parameter: Tensor) -> Tensor:

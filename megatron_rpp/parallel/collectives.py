@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -40,18 +41,29 @@ def _all_reduce(group: ProcessGroup, operation: dist.ReduceOp.RedOpType) -> Call
 def from_replica_leader(parallel: ParallelContext, compute: Callable[[], T]) -> T:
     """Run `compute` on each replica's first rank and return its result on the whole replica.
 
-    An exception there is raised on every rank of the replica, so that no rank waits for ever.
+    An exception there is raised on every rank of the replica, so that no rank waits for ever: as `portable` makes it.
     """
     outcome: tuple[T | None, Exception | None] = (None, None)
     if parallel.is_replica_leader:
         try:
             outcome = (compute(), None)
         except Exception as caught:
-            outcome = (None, caught)
+            outcome = (None, portable(caught))
     result, error = share(parallel.replica_group, outcome, source=0)
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
+
+
+def portable(error: Exception) -> Exception:
+    """`error`, or its words where other ranks could not be sent it: not every library's exceptions can be pickled."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its class does there
+        told = RuntimeError(words_of(error))
+        told.__cause__ = error
+        return told
+    return error
 
 
 def share(group: ProcessGroup, value: T | None, source: int) -> T:

@@ -29,7 +29,7 @@ def gather_evidence(s: RunParts, batch: ExperienceBatch, rollouts: Sequence[Roll
     """
     stale, notes = _stale_weights(s)
     chosen = from_replica_leader(s.policy.parallel, lambda: _choose(s, batch))
-    worst = batch.rows(torch.tensor(chosen, device=batch.tokens.device))
+    worst = picked_rows(batch, chosen)
     fit = fit_temperature(s.config.rollout.temperature, partial(_error_at, s, worst))
     (at_one,) = logprobs_at(worst, s.policy, s.config, [1.0])
     answer = find_answer(s, rollouts, chosen, worst, at_one) if s.policy.parallel.is_replica_leader else None
@@ -57,6 +57,11 @@ def _stale_weights(s: RunParts) -> tuple[tuple[str, ...] | None, list[str]]:
         raise
     except (RolloutError, WeightSyncError) as error:  # raised on every rank
         return None, [f"weights not compared: {error}"]
+
+
+def picked_rows(batch: ExperienceBatch, rows: Sequence[int]) -> ExperienceBatch:
+    """Those of `rows`, which may be none: a replica has no row where the others' groups were complete first."""
+    return batch.rows(torch.tensor(rows, dtype=torch.int64, device=batch.tokens.device))
 
 
 def _choose(s: RunParts, batch: ExperienceBatch) -> list[int]:

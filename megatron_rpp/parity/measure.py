@@ -91,7 +91,7 @@ def measure(trainer: Tensor, engine: Tensor, loss_mask: Tensor, entropy: Tensor 
         masked_sum(each, loss_mask)
         for each in (torch.ones_like(d), d, kl, surprise, surprise**2, x, x * x, x * d, d * d)
     ]
-    largest = d.masked_fill(loss_mask == 0, 0.0).amax()
+    largest = torch.cat([d[loss_mask != 0], d.new_zeros(1)]).amax()  # a replica may have no row
     return Mismatch(*torch.stack([*sums, largest]).tolist())
 
 
@@ -102,7 +102,7 @@ def merged(parts: Iterable[Mismatch]) -> Mismatch:
 
 
 def worst_rows(trainer: Tensor, engine: Tensor, loss_mask: Tensor, count: int) -> list[int]:
-    """Up to `count` rows of [B, S], those with the largest mean difference first; one at least."""
+    """Up to `count` rows of [B, S], those with the largest mean difference first; one at least, if there is any."""
     d = (trainer - engine).double().abs().masked_fill(loss_mask == 0, 0.0)
     means = (d.sum(dim=1) / loss_mask.sum(dim=1).clamp(min=1)).nan_to_num(nan=math.inf)
     rows: list[int] = means.argsort(descending=True, stable=True)[: max(count, 1)].tolist()

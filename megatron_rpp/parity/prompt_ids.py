@@ -19,7 +19,7 @@ def check_prompt_ids(
     told = [r for r in rollouts if r.engine_prompt_ids is not None]
     wrong = [r for r in told if r.engine_prompt_ids != r.prompt.token_ids]
     picked = [rollouts[i] for i in chosen]
-    prompts = tokenizer.encode_prompts([r.prompt.text for r in picked], chat=chat)
+    prompts = tokenizer.encode_prompts([r.prompt.asked for r in picked], chat=chat)
     responses = tokenizer.encode_many([r.text for r in picked])
     return PromptIdsCheck(
         known=len(told),

@@ -13,6 +13,7 @@ from megatron_rpp.config.schema import Config
 from megatron_rpp.engine.heads import LogprobHead
 from megatron_rpp.engine.pipeline import run_pipeline
 from megatron_rpp.engine.score import logprob_head
+from megatron_rpp.experience.packing import Microbatch
 from megatron_rpp.experience.types import ExperienceBatch
 from megatron_rpp.model.build import Model
 from megatron_rpp.parity.evidence import TemperatureFit
@@ -27,7 +28,7 @@ class TemperaturesHead:
 
     heads: tuple[LogprobHead, ...]
 
-    def __call__(self, logits: Tensor, micro: ExperienceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, logits: Tensor, micro: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
         return logits.new_zeros(()), {str(i): head.logprobs(logits, micro)[0] for i, head in enumerate(self.heads)}
 
 
@@ -35,7 +36,7 @@ def logprobs_at(batch: ExperienceBatch, policy: Model, config: Config, temperatu
     """The trainer's log-probs [B, S] of the response tokens at each temperature. A collective over the whole job."""
     head = TemperaturesHead(tuple(logprob_head(policy, config, t) for t in temperatures))
     with torch.no_grad():
-        found = run_pipeline(policy, batch, head, micro_batch_size=config.train.micro_batch_size, forward_only=True)
+        found = run_pipeline(policy, batch, head, train=config.train, forward_only=True)
     return [found[str(i)][:, : batch.tokens.shape[1]] for i in range(len(temperatures))]
 
 

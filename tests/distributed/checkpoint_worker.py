@@ -27,7 +27,7 @@ from tests.distributed.layouts import worker_config
 
 def main() -> None:
     arguments = json.loads(sys.argv[2])
-    config, _ = worker_config(arguments["model"])
+    config, _ = worker_config(arguments["model"], arguments["micro_batch_tokens"])
     parallel = bootstrap.initialize(config.parallel, seed=0)
     model = build_model(config, parallel, path=config.model.path)
     policy, optimizer = make_trainable(model, config.optimizer, total_steps=10)
@@ -48,7 +48,7 @@ def main() -> None:
         assert ShapingState.from_dict(state.shaping) == shaping
     stats = train_step(policy, optimizer, batch, config)  # in place, while the checkpoint is being written
     weights = {name: tensor.clone() for name, tensor in hf_tensors(policy)}
-    if parallel.tp_rank == 0 and parallel.dp_rank == 0:
+    if parallel.is_stage_leader:
         result: dict[str, Any] = {"stats": stats, "weights": weights}
         torch.save(result, Path(arguments["out"]) / f"stage{parallel.pp_rank}.pt")
     if arguments["action"] == "save":

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_rpp.config.presets import PRESETS, algorithm_config
 from megatron_rpp.config.schema import AlgorithmConfig, Config
 from megatron_rpp.engine.advantages import ShapingState, add_advantages
-from megatron_rpp.engine.heads import PolicyHead
+from megatron_rpp.engine.heads import ALL_POSITIONS, REAL_POSITIONS, PolicyHead
 from megatron_rpp.engine.optimizer import make_trainable
 from megatron_rpp.engine.pipeline import run_pipeline
 from megatron_rpp.engine.score import logits_head, logprob_head, score
@@ -26,9 +27,9 @@ from megatron_rpp.model.export_hf import hf_tensors
 from megatron_rpp.model.save_hf import save_hf
 from megatron_rpp.model.shards import ShardedParameter
 from megatron_rpp.parallel import bootstrap
-from megatron_rpp.parallel.collectives import sum_over
+from megatron_rpp.parallel.collectives import max_over, sum_over
 from megatron_rpp.parallel.context import ParallelContext
-from tests.distributed.layouts import worker_config
+from tests.distributed.layouts import PACKED_TOKENS, worker_config
 
 ROWS, WIDTH, VOCAB = 8, 13, 19
 
@@ -85,23 +86,25 @@ def run_case(config: Config, parallel: ParallelContext, out: Path, family: str) 
     batch = own_rows(parallel)
     scored = score(batch, policy, reference, config)
     logprobs = {"policy_logprobs": scored.old_logprobs, "ref_logprobs": scored.ref_logprobs}
-    micro = config.train.micro_batch_size
+    assert_equal_on(parallel.cp_group, scored)
     with torch.no_grad():
-        found = run_pipeline(policy, batch, logits_head(policy), micro_batch_size=micro, forward_only=True)
+        found = run_pipeline(policy, batch, logits_head(policy), train=config.train, forward_only=True)
     if parallel.is_replica_leader:
         logits = F.pad(found["logits"][:, :WIDTH], (0, 0, 0, max(0, WIDTH - found["logits"].shape[1])))
         torch.save(logits, out / f"{family}-logits-replica{parallel.dp_rank}.pt")
     chosen = algorithms() if family == "llama" else {"paper": AlgorithmConfig()}
     for name, algorithm in chosen.items():
         result, gradients = train_once(replace(config, algorithm=algorithm), parallel, policy, batch)
+        if parallel.dp_size > 1 and config.train.micro_batch_tokens and name == "paper":
+            assert_replicas_may_have_no_rows(replace(config, algorithm=algorithm), parallel, policy, gradients)
         if parallel.is_replica_leader:
             rows = {k: F.pad(x, (0, WIDTH - x.shape[1])) for k, x in {**result.pop("rows"), **logprobs}.items()}
             torch.save({**result, **rows}, out / f"{family}-{name}-replica{parallel.dp_rank}.pt")
-        if parallel.tp_rank == 0 and parallel.dp_rank == 0:
+        if parallel.is_stage_leader:
             torch.save(gradients, out / f"{family}-{name}-stage{parallel.pp_rank}.pt")
-    if parallel.tp_rank == 0 and parallel.dp_rank == 0:
+    if parallel.is_stage_leader:
         torch.save(round_trip, out / f"{family}-weights-stage{parallel.pp_rank}.pt")
-    if reference.hf.moe is not None:
+    if reference.hf.moe is not None and not config.train.micro_batch_tokens:
         save_hf(policy, config.model.path, str(out / f"{family}-saved"))
 
 
@@ -114,15 +117,33 @@ def train_once(
         chunk.zero_grad_buffer()
     algorithm = replace(config.algorithm, loss_constant=WIDTH)
     head = PolicyHead(logprob_head(policy, config, 1.0), algorithm, *global_counts(batch, policy))
-    sums = run_pipeline(policy, batch, head, micro_batch_size=config.train.micro_batch_size, forward_only=False)
+    sums = run_pipeline(policy, batch, head, train=config.train, forward_only=False)
     sums = {name: sum_over(parallel.dp_group)(x) / head.global_token_count for name, x in sums.items()}
+    positions = {name: sums.pop(name) * head.global_token_count for name in (REAL_POSITIONS, ALL_POSITIONS)}
     gradients = {name: x.clone() for name, x in hf_tensors(policy, _gradient)}
-    return {"rows": {"advantages": batch.advantages}, "sums": sums}, gradients
+    return {"rows": {"advantages": batch.advantages}, "sums": sums, "positions": positions}, gradients
 
 
 def _gradient(item: ShardedParameter) -> Tensor | None:
     """None for a buffer."""
     return getattr(item.parameter, "main_grad", None)
+
+
+def assert_replicas_may_have_no_rows(
+    config: Config, parallel: ParallelContext, policy: Model, expected: dict[str, Tensor]
+) -> None:
+    """The gradients are the `expected` ones where the first replica has every row."""
+    batch = fixed_batch().rows(torch.arange(ROWS if parallel.dp_rank == 0 else 0))
+    _, found = train_once(config, parallel, policy, batch)
+    assert found.keys() == expected.keys()
+    errors = {name: float((found[name] - x).norm() / x.norm()) for name, x in expected.items()}
+    assert all(error < 1e-5 for error in errors.values()), errors
+
+
+def assert_equal_on(group: ProcessGroup, batch: ExperienceBatch) -> None:
+    """The CP ranks of a replica have all log-probs, each the same."""
+    for x in (batch.old_logprobs, batch.ref_logprobs, batch.entropy):
+        assert x is not None and torch.equal(max_over(group)(x), -max_over(group)(-x))
 
 
 def shift_weights(model: Model) -> None:
@@ -146,10 +167,11 @@ def force_full_gradients(policy: Model) -> None:
 def main() -> None:
     arguments = json.loads(sys.argv[2])
     parallel = None
-    for name, path in arguments["models"].items():
-        config, _ = worker_config(path)
-        parallel = parallel or bootstrap.initialize(config.parallel, seed=0)
-        run_case(config, parallel, Path(arguments["out"]), name)
+    for kind, tokens in {"padded": 0, "packed": PACKED_TOKENS}.items():
+        for name, path in arguments[kind].items():
+            config, _ = worker_config(path, tokens)
+            parallel = parallel or bootstrap.initialize(config.parallel, seed=0)
+            run_case(config, parallel, Path(arguments["out"], kind), name)
     bootstrap.shutdown()
 
 

@@ -89,7 +89,7 @@ def measure(config: Config, parallel: ParallelContext) -> dict[str, int]:
     live = LiveSaved({parameter.untyped_storage().data_ptr() for parameter in _parameters(policy)})
     head = PolicyHead(logprob_head(policy, config, 1.0), config.algorithm, *global_counts(batch, policy))
     with torch.autograd.graph.saved_tensors_hooks(live.pack, lambda held: held.tensor):
-        optimizer_step(policy, optimizer, batch, head, config.train.micro_batch_size)
+        optimizer_step(policy, optimizer, batch, head, config.train)
     assert live.now == 0, "the backward has let go of everything"
     return {
         "stage": parallel.pp_rank,

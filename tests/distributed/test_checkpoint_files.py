@@ -208,6 +208,17 @@ def test_whole_checkpoint_is_not_written_twice(trainer: Trainer, tmp_path: Path)
     assert manifest.stat() == before
 
 
+def test_whole_checkpoint_is_replaced_where_that_is_asked(trainer: Trainer, tmp_path: Path) -> None:
+    """A step that ended without any group to train on has used up prompts since."""
+    checkpointer, schedule = trainer.checkpointer(tmp_path, background=False), trainer.optimizer.schedule.state_dict()
+    for served in (8, 32):
+        state = RunState(4, {"served": served}, schedule)
+        checkpointer.save(trainer.policy, trainer.optimizer, state, wait=True, replace=served == 32)
+    path = find_checkpoint(tmp_path, verify="full")
+    assert path is not None and trainer.load(path).prompts == {"served": 32}
+    assert names(tmp_path) == ["step-000004"]
+
+
 def test_full_disk_is_told_with_file_and_reason_and_leaves_the_last_checkpoint(
     trainer: Trainer, two_steps: Path, tmp_path: Path
 ) -> None:

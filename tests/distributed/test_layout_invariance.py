@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +12,77 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_rpp.engine.heads import ALL_POSITIONS, REAL_POSITIONS
 from megatron_rpp.model.hf_io.tensors import HFTensors
 from tests.distributed.invariance_worker import algorithms, fixed_batch
-from tests.distributed.layouts import EXPERT_LAYOUTS, LAYOUTS, layouts_of, run_on
+from tests.distributed.layouts import (
+    CONTEXT_LAYOUTS,
+    EXPERT_CONTEXT_LAYOUTS,
+    EXPERT_LAYOUTS,
+    LAYOUTS,
+    layouts_of,
+    packed_runs_of,
+    run_on,
+)
 from tests.support.tiny_models import FAMILY_NAMES, MOE_FAMILY_NAMES, save_tiny
 
 CASES = [("llama", name) for name in algorithms()] + [(family, "paper") for family in FAMILY_NAMES[1:]]
 BASELINE = "tp1_pp1_dp1"
+POSITIONS = (REAL_POSITIONS, ALL_POSITIONS)
 MICROBATCHES = {"one_row_a_microbatch": 1, "one_microbatch": 8}  # 2 rows elsewhere
+PACKED = ", packed"  # behind the name of a layout
 Result = dict[str, Any]
+pytestmark = pytest.mark.timeout(1200)  # the first test waits for all jobs
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[tuple[str, str], Result]]:
-    """Layout or microbatch size -> (family, algorithm) -> result; one job runs every case."""
+    """Layout, microbatch size or packed layout -> (family, algorithm) -> result; one job runs every case."""
     root = tmp_path_factory.mktemp("invariance")
     models = {family: str(save_tiny(family, root / "models")) for family in FAMILY_NAMES}
-    jobs = {name: (layout, 2) for name, layout in {**LAYOUTS, **EXPERT_LAYOUTS}.items()}
+    every = {**LAYOUTS, **EXPERT_LAYOUTS, **CONTEXT_LAYOUTS, **EXPERT_CONTEXT_LAYOUTS}
+    jobs = {name: (layout, 2) for name, layout in every.items()}
     jobs |= {name: (LAYOUTS[BASELINE], size) for name, size in MICROBATCHES.items()}
     found = {}
     for name, (layout, size) in jobs.items():
-        out = root / name
-        out.mkdir()
-        fitting = {family: path for family, path in models.items() if name in splits_of(family)}
-        run_on(layout, "invariance_worker", {"models": fitting, "out": str(out), "micro_batch_size": size}, out)
-        found[name] = {case: _merge(out, "-".join(case)) for case in CASES if case[0] in fitting}
-        found[name] |= {(family, "weights"): _stages(out, f"{family}-weights") for family in fitting}
-        found[name] |= {(family, "logits"): {"logits": _replicas(out, f"{family}-logits")} for family in fitting}
-        found[name] |= {(family, "saved"): {"path": out / f"{family}-saved"} for family in fitting}
+        fitting = {
+            "padded": {family: path for family, path in models.items() if name in splits_of(family)},
+            "packed": {family: path for family, path in models.items() if name + PACKED in splits_of(family)},
+        }
+        for kind in fitting:
+            (root / name / kind).mkdir(parents=True)
+        arguments = {**fitting, "out": str(root / name), "micro_batch_size": size}
+        run_on(layout, "invariance_worker", arguments, root / name)
+        found[name] = _results(root / name / "padded", fitting["padded"])
+        found[name + PACKED] = _results(root / name / "packed", fitting["packed"])
+    return found
+
+
+def _results(out: Path, families: Iterable[str]) -> dict[tuple[str, str], Result]:
+    found = {case: _merge(out, "-".join(case)) for case in CASES if case[0] in families}
+    for family in families:
+        found[family, "weights"] = _stages(out, f"{family}-weights")
+        found[family, "logits"] = {"logits": _replicas(out, f"{family}-logits")}
+        found[family, "saved"] = {"path": out / f"{family}-saved"}
     return found
 
 
 def splits_of(family: str) -> list[str]:
-    """Layouts and microbatch sizes that the family is run with."""
-    return [*layouts_of(family), *MICROBATCHES]
+    """Layouts, microbatch sizes and packed layouts that the family is run with."""
+    return [*layouts_of(family), *MICROBATCHES, *(name + PACKED for name in packed_runs_of(family))]
+
+
+def exports_of(family: str) -> list[str]:
+    """Layouts, padded where they can be, for what the cut into microbatches does not touch."""
+    names = list(layouts_of(family))
+    return names + [name + PACKED for name in packed_runs_of(family) if name not in names]
 
 
 def _merge(out: Path, case: str) -> Result:
     replicas = [torch.load(p) for p in sorted(out.glob(f"{case}-replica*.pt"))]
     row_names = ("advantages", "policy_logprobs", "ref_logprobs")
     rows = {k: torch.stack([r[k] for r in replicas], 1).flatten(0, 1) for k in row_names}
-    return {"sums": replicas[0]["sums"], "gradients": _stages(out, case), **rows}
+    return {"sums": replicas[0]["sums"], "positions": replicas[0]["positions"], "gradients": _stages(out, case), **rows}
 
 
 def _replicas(out: Path, case: str) -> Tensor:
@@ -68,7 +99,7 @@ def _stages(out: Path, case: str) -> dict[str, Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize(("split", "family"), [(split, f) for f in FAMILY_NAMES for split in layouts_of(f)])
+@pytest.mark.parametrize(("split", "family"), [(split, f) for f in FAMILY_NAMES for split in exports_of(f)])
 def test_weights_loaded_on_a_layout_are_exported_bit_for_bit(
     results: dict[str, dict[tuple[str, str], Result]], split: str, family: str, tmp_path: Path
 ) -> None:
@@ -101,7 +132,9 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("split", "family"), [(split, f) for f in FAMILY_NAMES for split in layouts_of(f)])
+@pytest.mark.parametrize(
+    ("split", "family"), [(split, f) for f in FAMILY_NAMES for split in splits_of(f) if split not in MICROBATCHES]
+)
 def test_logits_on_a_layout_are_those_of_transformers(
     results: dict[str, dict[tuple[str, str], Result]], theirs: dict[str, Tensor], split: str, family: str
 ) -> None:
@@ -145,6 +178,19 @@ def test_layout_and_microbatches_change_neither_advantages_nor_loss_nor_gradient
     for name, gradient in expected["gradients"].items():
         error = (found["gradients"][name] - gradient).norm() / gradient.norm()
         assert error < 1e-5, f"{name}: gradient differs by {error:.2e}"
+
+
+@pytest.mark.parametrize("split", [BASELINE, "dp2_distributed_optimizer", "cp2"])
+def test_packed_sequences_leave_out_what_padded_rows_hold(
+    results: dict[str, dict[tuple[str, str], Result]], split: str
+) -> None:
+    """The batch has 68 tokens that predict something or stand before; if nothing were packed, all would still agree."""
+    real, run = (results[split + PACKED]["llama", "paper"]["positions"][name] for name in POSITIONS)
+    assert real == 68
+    # CP ranks share slots of multiples of 4.
+    assert run == (68 if split != "cp2" else 12 + 8 + 16 + 12 + 12 + 4 + 16)
+    padded_run = results[BASELINE]["llama", "paper"]["positions"][ALL_POSITIONS]
+    assert padded_run == 8 * 13
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)

@@ -23,11 +23,13 @@ def test_mtp_layers_are_saved_with_a_policy_that_does_not_hold_them(layout: str,
     models = {family: save_tiny(family, tmp_path) for family in FAMILIES}
     for path in models.values():
         add_mtp(path)
-    arguments = {"models": {family: str(path) for family, path in models.items()}, "out": str(tmp_path)}
+    arguments = {"padded": {family: str(path) for family, path in models.items()}, "packed": {}, "out": str(tmp_path)}
+    out = tmp_path / "padded"
+    out.mkdir()
     run_on({**LAYOUTS, **EXPERT_LAYOUTS}[layout], "invariance_worker", arguments, tmp_path)
     for family, path in models.items():
-        saved, stored = HFTensors(str(tmp_path / f"{family}-saved")), load_file(path / "model.safetensors")
+        saved, stored = HFTensors(str(out / f"{family}-saved")), load_file(path / "model.safetensors")
         assert set(saved.names) == stored.keys()
         assert all(torch.equal(saved.read(name), tensor) for name, tensor in stored.items())
-        config = json.loads((tmp_path / f"{family}-saved" / "config.json").read_text())
+        config = json.loads((out / f"{family}-saved" / "config.json").read_text())
         assert config["num_nextn_predict_layers"] == 1

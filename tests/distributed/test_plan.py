@@ -44,6 +44,7 @@ DENSE = {
     "tp2_sp_dp2": {"tensor": 2, "sequence": True, "data": 2},
     "pp2_vpp2_dp2": {"pipeline": 2, "virtual_pipeline": 2, "data": 2},
     "tp2_pp2": {"tensor": 2, "pipeline": 2},
+    "cp2_dp2": {"context": 2, "data": 2},
 }
 SPARSE = {
     "dp4_whole_optimizer": {"data": 4},
@@ -52,6 +53,7 @@ SPARSE = {
     "tp2_sp_dp2_etp2": {"tensor": 2, "sequence": True, "data": 2, "expert_tensor": 2},
     "tp2_sp_pp2": {"tensor": 2, "sequence": True, "pipeline": 2},
     "pp4": {"pipeline": 4},
+    "tp2_sp_cp2_ep2": {"tensor": 2, "sequence": True, "context": 2, "expert": 2},
 }
 LAYOUTS = {"dense_tied": DENSE, "dense_bias": DENSE, "experts": SPARSE}
 CASES = [(model, layout) for model in MODELS for layout in LAYOUTS[model]]
@@ -73,6 +75,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Sett
             "rollout.num_prompts": 16,
             "train.batch_size": 32,
             "train.micro_batch_size": 4,
+            "train.micro_batch_tokens": 192 if "cp2" in layout else 0,  # three slots of 64
             **{f"parallel.{key}": value for key, value in LAYOUTS[model_name][layout].items()},
         }
     return found

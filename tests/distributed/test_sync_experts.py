@@ -34,6 +34,8 @@ LAYOUTS = {  # of four ranks: one launch for all
     "pp2_dp2_ep2": ParallelConfig(pipeline=2, data=2, expert=2),
     "tp2_sp_pp2_ep2": ParallelConfig(tensor=2, sequence=True, pipeline=2, expert=2),
     "dp4_ep2_etp2": ParallelConfig(data=4, expert=2, expert_tensor=2),
+    "cp2_dp2": ParallelConfig(context=2, data=2),
+    "tp2_sp_cp2_ep4": ParallelConfig(tensor=2, sequence=True, context=2, expert=4),
 }
 
 

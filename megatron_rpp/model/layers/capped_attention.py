@@ -1,6 +1,6 @@
 """Causal attention with soft-capped scores, which neither torch's SDPA nor Megatron's Transformer Engine layer has.
 
-Shapes: B sequences, S positions, H query heads in G groups of R, D dimensions a head, C rows of a chunk, K keys.
+Shapes: B sequences, S queries, K keys, H query heads in G groups of R, D dimensions a head, C rows of a chunk.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ _CHUNK = 256  # query positions whose scores exist at once
 
 
 def capped_attention(q: Tensor, k: Tensor, v: Tensor, *, cap: float, scale: float, window: int | None) -> Tensor:
-    """q [B, H, S, D], k [B, G, S, D] and v [B, G, S, Dv] -> [B, H, S, Dv].
+    """q [B, H, S, D], k [B, G, K, D] and v [B, G, K, Dv] -> [B, H, S, Dv]; the queries stand at the last S keys.
 
     Each position sees itself and what is before it, of a `window` the nearest ones only. Scores are
     computed and capped in float32, a chunk of queries at a time, and computed again in the backward:
-    all of them at once would take 4 H S^2 bytes a sequence and layer.
+    all of them at once would take 4 H S K bytes a sequence and layer.
     """
-    length, groups = q.shape[2], k.shape[1]
+    length, groups, before = q.shape[2], k.shape[1], k.shape[2] - q.shape[2]
     grouped = q.unflatten(1, (groups, -1))  # [B, G, R, S, D]
     outputs = []
     for start in range(0, length, _CHUNK):
         end = min(start + _CHUNK, length)
-        first = 0 if window is None else max(0, start - window + 1)
-        attend = partial(_attend, cap=cap, scale=scale, window=window, offset=start - first)
-        chunk = grouped[:, :, :, start:end], k[:, :, first:end], v[:, :, first:end]
+        first = 0 if window is None else max(0, before + start - window + 1)
+        attend = partial(_attend, cap=cap, scale=scale, window=window, offset=before + start - first)
+        seen = slice(first, before + end)
+        chunk = grouped[:, :, :, start:end], k[:, :, seen], v[:, :, seen]
         recompute = torch.is_grad_enabled() and length > _CHUNK
         outputs.append(
             checkpoint(attend, *chunk, use_reentrant=False, preserve_rng_state=False) if recompute else attend(*chunk)

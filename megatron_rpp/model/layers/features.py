@@ -29,7 +29,8 @@ def add_features(
 ) -> None:
     """Change the layer `spec` in place; a second time changes nothing. `norm` is the class of its norms."""
     layer = spec.submodules
-    if hf.attention_softcap is not None:  # Transformer Engine's attention has none
+    # Transformer Engine's attention has no soft cap, and of packed sequences on several CP ranks no window.
+    if hf.attention_softcap is not None or (hf.sliding_window and config.context_parallel_size > 1):
         params = {"softcap": hf.attention_softcap}
         layer.self_attention.submodules.core_attention = ModuleSpec(module=SDPACoreAttention, params=params)
     if hf.sliding_rope is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,3 +48,18 @@ def test_gradients_are_not_divided_by_megatrons_token_count(monkeypatch: pytest.
     loss_scale.use_plain_gradient_sum(settings)
     settings.finalize_model_grads_func([], torch.tensor(640))
     assert seen == [None]
+
+
+def test_each_context_parallel_rank_gets_the_gradient_of_the_sum_by_its_own_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All ranks compute the same loss: summed over them, or divided among them, the gradient would be off by their
+    number. The other rank's part is 10 here."""
+    monkeypatch.setattr(loss_scale.dist, "all_reduce", lambda x, group: x.add_(10))
+    part = torch.tensor([1.0, 2.0], requires_grad=True)
+    group: Any = SimpleNamespace(size=lambda: 2)
+    total = loss_scale.sum_over_context(part, group)
+    assert total.tolist() == [11, 12]
+    (total**2).sum().backward()
+    assert part.grad is not None and part.grad.tolist() == [22, 24]
+    assert part.tolist() == [1, 2]

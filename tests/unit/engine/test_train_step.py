@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from megatron_rpp.config.schema import Config, TrainConfig
 from megatron_rpp.engine import train_step as module
-from megatron_rpp.engine.heads import PolicyHead
+from megatron_rpp.engine.heads import ALL_POSITIONS, REAL_POSITIONS, PolicyHead
 from megatron_rpp.experience.types import ExperienceBatch
 
 WIDTH = 4
@@ -34,34 +35,47 @@ class Steps:
         self.micro_batch_sizes: list[int] = []
 
     def __call__(
-        self, policy: Any, optimizer: Any, batch: ExperienceBatch, head: PolicyHead, micro_batch_size: int
+        self, policy: Any, optimizer: Any, batch: ExperienceBatch, head: PolicyHead, train: TrainConfig
     ) -> tuple[dict[str, float], float]:
         ratio = 1.0 if not self.rows else 1.5
         self.rows.append(batch.group_ids.tolist())
         self.denominators.append(head.global_token_count)
         self.sequence_counts.append(head.global_sequence_count)
-        self.micro_batch_sizes.append(micro_batch_size)
+        self.micro_batch_sizes.append(train.micro_batch_size)
         tokens = batch.loss_mask.sum().item()
         optimizer.lr /= 2
-        return {"loss/total": 2.0 * tokens * ratio, "ratio/mean": tokens * ratio}, 10.0 * len(self.rows)
+        sums = {"loss/total": 2.0 * tokens * ratio, "ratio/mean": tokens * ratio}
+        return sums | {REAL_POSITIONS: tokens, ALL_POSITIONS: float(len(batch) * WIDTH)}, 10.0 * len(self.rows)
 
 
 def run(
-    monkeypatch: pytest.MonkeyPatch, token_counts: list[int], batch_size: int, dp_size: int = 1
+    monkeypatch: pytest.MonkeyPatch,
+    token_counts: list[int],
+    batch_size: int,
+    dp_size: int = 1,
+    minibatch_ids: list[int] | None = None,
+    last_elsewhere: int = -1,
+    tokens_elsewhere: int = 0,
 ) -> tuple[Steps, dict[str, float]]:
     steps = Steps()
     monkeypatch.setattr(module, "optimizer_step", steps)
 
     # As if every replica held the same rows.
     def counts(batch: ExperienceBatch, _: Any) -> tuple[float, float]:
-        return batch.loss_mask.sum().item() * dp_size, batch.loss_mask.any(dim=1).sum().item() * dp_size
+        return batch.loss_mask.sum().item() * dp_size + tokens_elsewhere, batch.loss_mask.any(
+            dim=1
+        ).sum().item() * dp_size
 
     monkeypatch.setattr(module, "global_counts", counts)
     monkeypatch.setattr(module, "logprob_head", lambda *_: None)
-    policy: Any = SimpleNamespace(parallel=SimpleNamespace(dp_size=dp_size, device=torch.device("cpu")))
+    policy: Any = SimpleNamespace(parallel=SimpleNamespace(dp_size=dp_size, dp_group=None, device=torch.device("cpu")))
+    monkeypatch.setattr(module, "max_over", lambda _: lambda x: x.clamp(min=last_elsewhere))
     optimizer: Any = SimpleNamespace(lr=1e-3)
     config = Config(train=TrainConfig(batch_size=batch_size, micro_batch_size=2))
-    return steps, module.train_step(policy, optimizer, make_batch(token_counts), config)
+    batch = make_batch(token_counts)
+    if minibatch_ids is not None:
+        batch = replace(batch, minibatch_ids=torch.tensor(minibatch_ids, dtype=torch.int64))
+    return steps, module.train_step(policy, optimizer, batch, config)
 
 
 def test_minibatches_take_their_share_of_rows_in_order_with_their_own_global_count(
@@ -72,6 +86,21 @@ def test_minibatches_take_their_share_of_rows_in_order_with_their_own_global_cou
     assert steps.denominators == [6.0, 14.0, 4.0]
     assert steps.sequence_counts == [4.0, 4.0, 4.0]
     assert steps.micro_batch_sizes == [2, 2, 2]
+
+
+def test_minibatch_ids_say_which_rows_are_whose_and_a_minibatch_may_have_none_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every replica takes part in every mini-batch, or the others wait for it: another one has rows of 3."""
+    elsewhere = {"last_elsewhere": 3, "tokens_elsewhere": 1}
+    steps, _ = run(monkeypatch, [1, 2, 3, 4], 1, minibatch_ids=[2, 0, 0, 2], **elsewhere)
+    assert steps.rows == [[1, 2], [], [0, 3], []]
+
+
+def test_padding_waste_is_the_part_of_all_positions_without_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, stats = run(monkeypatch, [1, 2, 3, 4, 1, 1], batch_size=4)
+    assert stats["train/padding_waste"] == pytest.approx(1 - 12 / 24)
+    assert not {REAL_POSITIONS, ALL_POSITIONS} & stats.keys()
 
 
 def test_metrics_are_token_means_over_the_rollout_batch_not_means_of_minibatch_means(
@@ -112,4 +141,4 @@ def test_a_gradient_that_is_not_finite_is_an_error(monkeypatch: pytest.MonkeyPat
     model: Any = SimpleNamespace(chunks=[], parallel=SimpleNamespace(dp_group=None))
     head: Any = None
     with pytest.raises(FloatingPointError):
-        module.optimizer_step(model, optimizer, make_batch([1]), head, 1)
+        module.optimizer_step(model, optimizer, make_batch([1]), head, TrainConfig())

@@ -115,3 +115,11 @@ def test_a_smaller_batch_is_cut_like_the_largest_one_it_is_exchanged_with() -> N
 def test_split_without_optional_tensors_leaves_them_out() -> None:
     batch = collate(ROLLOUTS, [0.0, 0.0, 0.0], pad_token_id=PAD, device=CPU)
     assert all(piece.old_logprobs is None for piece in split_microbatches(batch, 2))
+
+
+def test_a_replica_without_rollouts_has_a_microbatch_that_trains_nothing() -> None:
+    """It takes part in every collective of the step."""
+    batch = collate([], [], pad_token_id=PAD, device=CPU)
+    assert len(batch) == 0
+    pieces = split_microbatches(batch, 2)
+    assert [tuple(piece.tokens.shape) for piece in pieces] == [(2, 1)] and pieces[0].loss_mask.sum() == 0

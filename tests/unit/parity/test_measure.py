@@ -64,10 +64,20 @@ def test_replicas_add_up_to_the_whole_batch() -> None:
     assert merged([]) == Mismatch() and Mismatch().metrics() == {}
 
 
+def test_a_replica_without_rows_adds_nothing() -> None:
+    none = torch.zeros(0, 3)
+    assert measure(none, none, none, none) == Mismatch()
+
+
 def test_worst_rows_are_those_with_the_largest_token_mean_and_not_the_longest() -> None:
     trainer = torch.tensor([[0.0, 0.4, 0.4, 0.4], [0.0, 1.0, 0.0, 0.0], [0.0, 0.1, 0.0, 0.0]])
     mask = torch.tensor([[0.0, 1, 1, 1], [0, 1, 0, 0], [0, 1, 0, 0]])
     assert worst_rows(trainer, torch.zeros(3, 4), mask, 2) == [1, 0]
+
+
+def test_a_replica_without_rows_has_no_worst_one() -> None:
+    none = torch.zeros(0, 1)
+    assert worst_rows(none, none, none, 4) == []
 
 
 def test_a_row_that_is_not_a_number_is_among_the_worst() -> None:

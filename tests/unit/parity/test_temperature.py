@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from megatron_rpp.engine.heads import LogprobHead
+from megatron_rpp.experience.packing import padded
 from megatron_rpp.experience.types import ExperienceBatch
 from megatron_rpp.parity.evidence import TemperatureFit
+from megatron_rpp.parity.gather import picked_rows
 from megatron_rpp.parity.temperature import TemperaturesHead, errors, fit_temperature
 
 ROWS, WIDTH, VOCAB = 4, 20, 11
@@ -32,14 +34,14 @@ def make_batch() -> ExperienceBatch:
 def sampled_at(engine_temperature: float) -> ExperienceBatch:
     """A batch whose engine reports log-probs at that temperature."""
     batch = make_batch()
-    engine = LogprobHead(VOCAB, engine_temperature, 64, None).logprobs(make_logits(), batch)[0]
+    engine = LogprobHead(VOCAB, engine_temperature, 64, None).logprobs(make_logits(), padded(batch))[0]
     return ExperienceBatch(**{**batch.tensors(), "rollout_logprobs": engine})
 
 
 def fitted(configured: float, batch: ExperienceBatch) -> TemperatureFit:
     def error_at(temperatures: Sequence[float]) -> list[float]:
         head = TemperaturesHead(tuple(LogprobHead(VOCAB, t, 64, None) for t in temperatures))
-        outputs = head(make_logits(), batch)[1]
+        outputs = head(make_logits(), padded(batch))[1]
         return [e / TOKENS for e in errors([outputs[str(i)] for i in range(len(temperatures))], batch)]
 
     return fit_temperature(configured, error_at)
@@ -69,3 +71,11 @@ def test_noise_is_no_temperature() -> None:
     assert not fitted(
         1.0, ExperienceBatch(**{**batch.tensors(), "rollout_logprobs": batch.rollout_logprobs + noise})
     ).explains
+
+
+def test_a_replica_without_rows_takes_part_with_none() -> None:
+    """`torch.tensor([])` is of floats, which index nothing."""
+    batch = make_batch()
+    none = picked_rows(batch, [])
+    assert none.tokens.shape == (0, WIDTH) and picked_rows(none, []).tokens.shape == (0, WIDTH)
+    assert errors([torch.zeros(0, WIDTH)] * 2, none) == [0.0, 0.0]

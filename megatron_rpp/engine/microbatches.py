@@ -1,0 +1,82 @@
+"""How a replica's batch is cut into microbatches, on its layout."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_rpp.config.schema import TrainConfig
+from megatron_rpp.experience.collate import split_microbatches
+from megatron_rpp.experience.packing import Microbatch, PackingRule, cut, lengths_of, pack, packed_length, padded
+from megatron_rpp.experience.types import ExperienceBatch
+from megatron_rpp.model.build import Model
+from megatron_rpp.model.cost import sequence_cost
+from megatron_rpp.parallel.collectives import max_over
+
+
+def cut_batch(model: Model, batch: ExperienceBatch, train: TrainConfig) -> list[Microbatch]:
+    """At least one microbatch, also of a batch without rows.
+
+    A collective over DP where `_shares_experts`: token dispatchers exchange equally shaped microbatches, and
+    equally many of them.
+    """
+    assert train.micro_batch_tokens or model.parallel.cp_size == 1, "only packed sequences are shared out over CP ranks"
+    return _packed(model, batch, train) if train.micro_batch_tokens else _padded(model, batch, train)
+
+
+def packing_rule(model: Model, train: TrainConfig) -> PackingRule:
+    """How sequences are packed on this rank."""
+    parallel = model.parallel
+    return PackingRule(
+        budget=train.micro_batch_tokens,
+        cp_size=parallel.cp_size,
+        cp_rank=parallel.cp_rank,
+        unit=parallel.tp_size if model.config.sequence_parallel else 1,
+    )
+
+
+def _packed(model: Model, batch: ExperienceBatch, train: TrainConfig) -> list[Microbatch]:
+    rule, parallel = packing_rule(model, train), model.parallel
+    # Stages that do not tell each other shapes expect one.
+    of_one_length = _shares_experts(model) or (parallel.pp_size > 1 and not model.config.variable_seq_lengths)
+    lengths = lengths_of(batch.loss_mask).tolist()
+    parts = cut(
+        lengths, rule, sequence_cost(model.hf), count_multiple=_count_multiple(model), of_one_length=of_one_length
+    )
+    longest = max(packed_length([lengths[i] for i in part], rule) for part in parts) if of_one_length else 0
+    count, longest = _largest(model, [len(parts), longest])
+    parts += [[] for _ in range(count - len(parts))]
+    return [pack(batch, part, rule, longest) for part in parts]
+
+
+def _padded(model: Model, batch: ExperienceBatch, train: TrainConfig) -> list[Microbatch]:
+    size = train.micro_batch_size
+    rows, length = _largest(model, list(batch.tokens.shape))
+    pieces = split_microbatches(
+        batch,
+        size,
+        count_multiple=_count_multiple(model),
+        length_multiple=model.parallel.tp_size if model.config.sequence_parallel else 1,
+        least_rows=rows,
+        least_length=length,
+    )
+    index = torch.arange(len(batch), device=batch.tokens.device)
+    return [padded(piece, index[i * size : (i + 1) * size]) for i, piece in enumerate(pieces)]
+
+
+def _count_multiple(model: Model) -> int:
+    """An interleaved schedule wants a multiple of the stages."""
+    return model.parallel.pp_size if model.parallel.vpp_size > 1 else 1
+
+
+def _shares_experts(model: Model) -> bool:
+    """Whether tokens of several replicas may meet in the same experts."""
+    return model.hf.moe is not None and model.parallel.ep_size * model.parallel.etp_size > 1
+
+
+def _largest(model: Model, sizes: list[int]) -> list[int]:
+    """Each of `sizes`, or the largest among replicas that share experts."""
+    if not _shares_experts(model):
+        return sizes
+    shape: Tensor = max_over(model.parallel.dp_group)(torch.tensor(sizes, device=model.parallel.device))
+    return [int(size) for size in shape.tolist()]

@@ -1,0 +1,53 @@
+"""Sequences dealt out so that everyone's work takes about as long: a cost of a sequence, and a balanced partition."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SequenceCost:
+    """What one sequence costs, in any unit: a term for each token, and one for each pair that attention looks at.
+
+    A token of a sliding layer looks back over `window` tokens at most, so that there the cost grows no faster than
+    the length once that is past the window.
+    """
+
+    linear: float  # of each token
+    quadratic: float  # times tokens^2: attention over everything before
+    sliding: float = 0.0  # as `quadratic`, of the layers that slide
+    window: int = 0  # of those layers
+
+    def __call__(self, tokens: int) -> float:
+        seen = min(tokens, self.window)
+        # Pairs of a causal window are tokens * seen - seen^2 / 2; the coefficients are of tokens^2 = twice the pairs.
+        return self.linear * tokens + self.quadratic * tokens**2 + self.sliding * (2 * tokens - seen) * seen
+
+
+def partition(costs: Sequence[float], count: int) -> list[list[int]]:
+    """The indices of `costs` in `count` parts of about equal sum, each part ascending; the same everywhere.
+
+    Largest differencing (Karmarkar and Karp): of the partial partitions the two with the largest spread become one,
+    the heaviest parts of one with the lightest of the other. The largest sum exceeds the smallest by no more than the
+    largest cost. A part is empty where there are fewer costs than parts.
+    """
+    assert count > 0, "at least one part"
+    nothing: list[tuple[float, list[int]]] = [(0.0, [])] * (count - 1)
+    # (-spread, a number that no two share, the parts by falling sum)
+    heap = [(-cost, i, [(cost, [i]), *nothing]) for i, cost in enumerate(costs)]
+    heapq.heapify(heap)
+    while len(heap) > 1:
+        (_, number, wide), (_, _, narrow) = heapq.heappop(heap), heapq.heappop(heap)
+        merged = [(a + b, of_a + of_b) for (a, of_a), (b, of_b) in zip(wide, reversed(narrow), strict=True)]
+        merged.sort(key=lambda part: (-part[0], part[1]))
+        heapq.heappush(heap, (merged[-1][0] - merged[0][0], number, merged))
+    parts = [part for _, part in heap[0][2]] if heap else [[] for _ in range(count)]
+    return [sorted(part) for part in parts]
+
+
+def imbalance(sums: Sequence[float]) -> float:
+    """How far the largest is above the mean: the part of its time that the average one waits; 0 where all is 0."""
+    mean = sum(sums) / len(sums)
+    return max(sums) / mean - 1.0 if mean else 0.0
