@@ -36,6 +36,8 @@ setup(
     extras_require={
         "gpu": ["sglang==0.5.23", "transformer-engine[pytorch]", "mpi4py"],
         "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "import-linter"],
+        # Sources of kind parquet and huggingface; about 260 MB, pandas included.
+        "data": ["datasets", "pyarrow"],
         "docs": ["mkdocs"],
     },
 )

@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
+from megatron_rpp.data.chat import plain_texts
 from megatron_rpp.data.special_tokens import end_ids, pad_id, read_json, turn_end_token
+from megatron_rpp.experience.chat import Chat, turns_of
 
 # With transformers 4, and with SGLang, these add a BOS unless add_bos_token is false. transformers 5 drops that key
 # beside a tokenizer.json, and then the models that say it there alone (DeepSeek) lose their BOS.
@@ -38,22 +42,25 @@ class HuggingFaceTokenizer:
         batch = self._tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [list(encoding.ids) for encoding in batch]
 
-    def encode_prompts(self, texts: Sequence[str], *, chat: bool) -> list[list[int]]:
+    def encode_prompts(self, prompts: Sequence[Chat], *, chat: bool) -> list[list[int]]:
         if chat:
-            return self.encode_many([self.render_chat(text) for text in texts])
-        return [with_prefix(self._prefix, ids) for ids in self.encode_many(texts)]
+            return self.encode_many([self.render_chat(prompt) for prompt in prompts])
+        return [with_prefix(self._prefix, ids) for ids in self.encode_many(plain_texts(prompts))]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def render_chat(self, text: str) -> str:
+    def render_chat(self, chat: Chat) -> str:
         if not self._tokenizer.chat_template:
             raise ValueError(f"{self._path}: this tokenizer has no chat template; set data.chat_template = false")
-        turn = [{"role": "user", "content": text}]
-        return str(self._tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        try:
+            rendered = self._tokenizer.apply_chat_template(turns_of(chat), tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ValueError(f"{self._path}: the chat template refuses {turns_of(chat)}: {error}") from error
+        return str(rendered)
 
-    def apply_chat_template(self, text: str) -> list[int]:
-        return self.encode(self.render_chat(text))
+    def apply_chat_template(self, chat: Chat) -> list[int]:
+        return self.encode(self.render_chat(chat))
 
     def _turn_end(self, special: dict[str, int]) -> int | None:
         if not self._tokenizer.chat_template:

@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
+from megatron_rpp.data.chat import plain_texts
 from megatron_rpp.data.hf_tokenizer import with_prefix
 from megatron_rpp.data.special_tokens import end_ids, pad_id, read_json, turn_end_token
+from megatron_rpp.experience.chat import Chat, turns_of
 
 
 class SentencePieceTokenizer:
@@ -50,25 +54,28 @@ class SentencePieceTokenizer:
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
-    def encode_prompts(self, texts: Sequence[str], *, chat: bool) -> list[list[int]]:
+    def encode_prompts(self, prompts: Sequence[Chat], *, chat: bool) -> list[list[int]]:
         if chat:
-            return self.encode_many([self.render_chat(text) for text in texts])
-        return [with_prefix(self.text_prefix, self.encode(text)) for text in texts]
+            return self.encode_many([self.render_chat(prompt) for prompt in prompts])
+        return [with_prefix(self.text_prefix, self.encode(text)) for text in plain_texts(prompts)]
 
     def decode(self, ids: Sequence[int]) -> str:
         special = set(self.special_tokens.values())
         return str(self._model.decode([int(i) for i in ids if i not in special]))
 
-    def render_chat(self, text: str) -> str:
+    def render_chat(self, chat: Chat) -> str:
         if self.chat_template is None:
             raise ValueError(
                 f"{self._path}: there is no chat template beside tokenizer.model; add chat_template.jinja "
                 "or set data.chat_template = false"
             )
-        return self._render([{"role": "user", "content": text}], add_generation_prompt=True)
+        try:
+            return self._render(turns_of(chat), add_generation_prompt=True)
+        except TemplateError as error:
+            raise ValueError(f"{self._path}: the chat template refuses {turns_of(chat)}: {error}") from error
 
-    def apply_chat_template(self, text: str) -> list[int]:
-        return self.encode(self.render_chat(text))
+    def apply_chat_template(self, chat: Chat) -> list[int]:
+        return self.encode(self.render_chat(chat))
 
     def piece(self, token_id: int) -> str | None:
         """The name of a token; None below 0, which is how sentencepiece says that there is none."""

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from megatron_rpp.experience.chat import Chat
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
@@ -27,11 +29,12 @@ class Tokenizer(Protocol):
         """`encode` of each text; fast for many."""
         ...
 
-    def encode_prompts(self, texts: Sequence[str], *, chat: bool) -> list[list[int]]:
+    def encode_prompts(self, prompts: Sequence[Chat], *, chat: bool) -> list[list[int]]:
         """Token ids of each prompt.
 
-        With `chat`, each is a user's turn in the chat template, which writes a BOS itself where the model
-        has one. Without, each is plain text, behind the BOS that the tokenizer's own rules put there.
+        With `chat`, each is a user's turn, or a conversation, in the chat template, which writes a BOS itself
+        where the model has one. Without, each is plain text, behind the BOS that the tokenizer's own rules put
+        there.
         """
         ...
 
@@ -39,12 +42,12 @@ class Tokenizer(Protocol):
         """Text of `ids`; special tokens are skipped."""
         ...
 
-    def render_chat(self, text: str) -> str:
-        """`text` as a user's turn in the chat template, up to where the assistant's turn begins."""
+    def render_chat(self, chat: Chat) -> str:
+        """A user's turn, or a conversation, in the chat template, up to where the assistant's turn begins."""
         ...
 
-    def apply_chat_template(self, text: str) -> list[int]:
-        """Token ids of `render_chat(text)`."""
+    def apply_chat_template(self, chat: Chat) -> list[int]:
+        """Token ids of `render_chat(chat)`."""
         ...
 
 

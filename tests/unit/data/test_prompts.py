@@ -14,7 +14,8 @@ import pytest
 
 from megatron_rpp.config.data import DataConfig, SourceConfig
 from megatron_rpp.data.jsonl import check_jsonl
-from megatron_rpp.data.prompts import PromptSource, load_demonstrations, load_prompts
+from megatron_rpp.data.prompt_source import PromptSource
+from megatron_rpp.data.prompts import load_demonstrations, load_prompts
 from megatron_rpp.experience.types import Prompt
 
 
@@ -119,7 +120,7 @@ def test_a_prompt_that_is_too_long_names_line_count_limit_and_keys(tmp_path: Pat
 
 
 def test_a_broken_template_is_reported_as_such(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.prompt_template='\{prompt' is not a valid template"):
+    with pytest.raises(ValueError, match=r"data\.prompt_template='\{prompt' must be a valid template"):
         load(SourceConfig(path=write(tmp_path / "a.jsonl", GOOD)), "{prompt")
 
 
@@ -247,8 +248,10 @@ def test_the_quick_check_counts_objects_and_names_the_bad_line(tmp_path: Path) -
 
 def test_the_quick_check_imports_nothing_heavy() -> None:
     code = (
-        "import sys, megatron_rpp.data.jsonl, megatron_rpp.data.tokenizer, megatron_rpp.data.reasoning_gym;"
-        "sys.exit(bool({'torch', 'transformers', 'reasoning_gym'} & set(sys.modules)))"
+        "import sys, megatron_rpp.data.tokenizer, megatron_rpp.data.reasoning_gym, megatron_rpp.data.problems;"
+        "import megatron_rpp.data.tables;"
+        "heavy = {'torch', 'transformers', 'reasoning_gym', 'datasets', 'pyarrow'};"
+        "sys.exit(bool(heavy & set(sys.modules)))"
     )
     root = Path(__file__).resolve().parents[3]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

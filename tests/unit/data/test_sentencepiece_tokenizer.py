@@ -102,3 +102,9 @@ def test_a_file_that_is_no_sentencepiece_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # tiktoken, as Llama 3's original files
     with pytest.raises(ValueError, match=r"tokenizer\.model: not a sentencepiece model"):
         load_tokenizer(tmp_path)
+
+
+def test_a_conversation_is_rendered_turn_by_turn(directory: Path) -> None:
+    (directory / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}:{{ m.content }} {% endfor %}")
+    turns = [{"role": "system", "content": "1"}, {"role": "user", "content": "hi"}]
+    assert load_tokenizer(directory).render_chat(turns) == "system:1 user:hi "

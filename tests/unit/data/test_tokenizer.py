@@ -130,3 +130,21 @@ def test_a_generation_config_beside_sentencepiece_is_read(sentencepiece_director
         assert load_tokenizer(sentencepiece_directory).eos_token_ids == (2, 9)
     finally:
         file.unlink()
+
+
+def test_a_conversation_is_rendered_turn_by_turn(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, CHATML))
+    turns = [{"role": "system", "content": "1"}, {"role": "user", "content": "1+1"}]
+    rendered = "<|im_start|>system\n1<|im_end|>\n<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.render_chat(turns) == rendered
+    assert tokenizer.encode_prompts([turns, "1+1"], chat=True) == [
+        tokenizer.encode(rendered),
+        tokenizer.apply_chat_template("1+1"),
+    ]
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tmp_path: Path) -> None:
+    only_user = "{% if messages[0].role != 'user' %}{{ raise_exception('no system turns') }}{% endif %}" + CHATML
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, only_user))
+    with pytest.raises(ValueError, match=r"the chat template refuses .*'role': 'system'.*: no system turns"):
+        tokenizer.render_chat([{"role": "system", "content": "1"}])
