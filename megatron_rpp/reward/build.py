@@ -1,29 +1,78 @@
-"""The reward that a config asks for."""
+"""The reward that a configuration asks for: each prompt's source has its kind, and all of them the same format."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
 from megatron_rpp.config.data import SourceConfig
 from megatron_rpp.config.reward import RewardConfig
-from megatron_rpp.reward.math_answer import MathAnswerReward
+from megatron_rpp.observability.metrics import Metrics
+from megatron_rpp.reward.format import FormatReward
+from megatron_rpp.reward.function import FunctionReward
+from megatron_rpp.reward.math.math_answer import MathAnswerReward
 from megatron_rpp.reward.protocol import Reward
 from megatron_rpp.reward.reasoning_gym import ReasoningGymReward
+from megatron_rpp.reward.services.remote import RemoteReward
+from megatron_rpp.reward.services.reward_model import RewardModel
+
+if TYPE_CHECKING:
+    from megatron_rpp.experience.types import Rollout
 
 
-def build_reward(config: RewardConfig, source: SourceConfig) -> Reward:
-    """The reward for prompts of `source` (data.train or data.eval).
+class RewardBySource:
+    """Each response's reward, by the kind of its prompt's source, and the format reward on top."""
+
+    def __init__(self, kinds: Mapping[str, str], rewards: Mapping[str, Reward], format_reward: FormatReward) -> None:
+        """kinds: by Prompt.source. rewards: by kind."""
+        self._kinds, self._rewards, self._format = kinds, rewards, format_reward
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:
+        scores = self._format(rollouts)
+        for kind, reward in self._rewards.items():
+            rows = [row for row, rollout in enumerate(rollouts) if self._kinds[rollout.prompt.source] == kind]
+            for row, score in zip(rows, reward([rollouts[row] for row in rows]) if rows else [], strict=True):
+                scores[row] += score
+        return scores
+
+    def metrics(self) -> Metrics:
+        """Those of all kinds and of the format."""
+        found = self._format.metrics()
+        for reward in self._rewards.values():
+            found.merge(reward.metrics())
+        return found
+
+    def close(self) -> None:
+        for reward in (self._format, *self._rewards.values()):
+            reward.close()
+
+
+def build_reward(
+    config: RewardConfig, sources: Mapping[str, SourceConfig], model_urls: Sequence[str] = ()
+) -> RewardBySource:
+    """The reward for prompts of `sources`, by Prompt.source. A kind is built once, however many ask for it.
+
+    Args:
+        config: the section `reward`.
+        sources: training_sources or held_out_sources (config/sources.py).
+        model_urls: of servers of the reward model, where a source asks for kind model.
 
     Raises:
-        ValueError: an unknown kind, a limit that is not positive, or a verifier without its source.
+        ValueError: a function that is not there, a reward model without its tokenizer.
     """
-    if config.time_limit_s <= 0:
-        raise ValueError(f"reward.time_limit_s={config.time_limit_s} must be above 0")
-    if config.kind == "math_answer":
-        return MathAnswerReward(config.correct, config.wrong, config.time_limit_s)
-    if config.kind == "reasoning_gym":
-        if source.kind != "reasoning_gym":
-            raise ValueError(
-                f"reward.kind=reasoning_gym needs prompts of kind reasoning_gym, not {source.kind}; "
-                "use reward.kind=math_answer"
-            )
-        return ReasoningGymReward(source.task, source.task_args, config.correct, config.wrong, config.time_limit_s)
-    raise ValueError(f"reward.kind={config.kind!r} is unknown; use math_answer or reasoning_gym")
+    kinds = {name: source.reward or config.kind for name, source in sources.items()}
+    rewards = {}
+    for kind in sorted(set(kinds.values())):
+        assert kind in _MAKERS, kind  # config/ranges.py and config/sources.py have looked
+        own = {name: source for name, source in sources.items() if kinds[name] == kind}
+        rewards[kind] = _MAKERS[kind](config, own, model_urls)
+    return RewardBySource(kinds, rewards, FormatReward(config))
+
+
+_MAKERS: dict[str, Callable[[RewardConfig, Mapping[str, SourceConfig], Sequence[str]], Reward]] = {
+    "math_answer": lambda config, sources, urls: MathAnswerReward(config),
+    "reasoning_gym": lambda config, sources, urls: ReasoningGymReward(config, sources),
+    "function": lambda config, sources, urls: FunctionReward(config),
+    "remote": lambda config, sources, urls: RemoteReward(config),
+    "model": lambda config, sources, urls: RewardModel(config, urls),
+}

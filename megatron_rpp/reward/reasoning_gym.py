@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from megatron_rpp.reward.extract import last_number, marked_answer, plain_number
-from megatron_rpp.reward.worker import Job
-from megatron_rpp.reward.worker_pool import WorkerPool
+from megatron_rpp.config.data import SourceConfig
+from megatron_rpp.config.reward import RewardConfig
+from megatron_rpp.observability.metrics import Metrics
+from megatron_rpp.reward.math.extract import last_number, marked_answer, plain_number
+from megatron_rpp.reward.workers.scorers import REASONING_GYM
+from megatron_rpp.reward.workers.worker_pool import Limits, WorkerPool
 
 if TYPE_CHECKING:
     from megatron_rpp.experience.types import Rollout
@@ -21,22 +24,20 @@ class ReasoningGymReward:
     run in worker processes.
     """
 
-    def __init__(
-        self,
-        task: str,
-        task_args: dict[str, Any] | None = None,
-        correct: float = 1.0,
-        wrong: float = 0.0,
-        time_limit_s: float = 5.0,
-    ) -> None:
-        self._task, self._task_args = task, dict(task_args or {})
-        self._correct, self._wrong, self._time_limit_s = correct, wrong, time_limit_s
-        self._pool = WorkerPool()
+    def __init__(self, config: RewardConfig, sources: Mapping[str, SourceConfig]) -> None:
+        """sources: whose tasks these are, by Prompt.source."""
+        self._correct, self._wrong = config.correct, config.wrong
+        tasks = {name: (source.task, source.task_args) for name, source in sources.items()}
+        self._pool = WorkerPool(REASONING_GYM, Limits.of(config), tasks=tasks)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:
-        items = [(bare_answer(r.text, r.prompt.answer), r.prompt.metadata) for r in rollouts]
-        job = Job("reasoning_gym", list(items), self._time_limit_s, self._task, self._task_args)
-        return [self._wrong + (self._correct - self._wrong) * score for score in self._pool.score(job)]
+        prompts = [r.prompt for r in rollouts]
+        answers = [bare_answer(r.text, r.prompt.answer) for r in rollouts]
+        items = [(answer, (p.source, p.metadata)) for answer, p in zip(answers, prompts, strict=True)]
+        return [self._wrong + (self._correct - self._wrong) * score for score in self._pool.score(items)]
+
+    def metrics(self) -> Metrics:
+        return self._pool.metrics()
 
     def close(self) -> None:
         self._pool.close()

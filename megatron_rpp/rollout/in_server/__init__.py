@@ -1,1 +1,1 @@
-"""What runs inside SGLang servers. Nothing here imports megatron, megatron_rpp.device or SGLang itself."""
+"""What runs inside SGLang servers. Nothing here imports megatron or megatron_rpp.device; only reward_models, SGLang."""

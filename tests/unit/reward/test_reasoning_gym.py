@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import reasoning_gym
@@ -23,9 +25,13 @@ def rollout(text: str, entry: dict) -> Rollout:
     return Rollout(prompt, 0, (1,), (0.0,), text, "stop", (VersionSpan(0, 0, 1),))
 
 
+def task_reward(task: str, **settings: Any) -> ReasoningGymReward:
+    return ReasoningGymReward(RewardConfig(**settings), {"": SourceConfig(kind="reasoning_gym", task=task)})
+
+
 @pytest.fixture(scope="module")
 def sums() -> Iterator[Reward]:
-    reward = build_reward(RewardConfig(kind="reasoning_gym", correct=2.0, wrong=-1.0), SUMS)
+    reward = build_reward(RewardConfig(kind="reasoning_gym", correct=2.0, wrong=-1.0), {"": SUMS})
     yield reward
     reward.close()
 
@@ -41,14 +47,14 @@ def test_the_task_scores_the_extracted_answer(sums: Reward) -> None:
 def test_a_partial_score_is_scaled_between_wrong_and_correct() -> None:
     # basic_arithmetic gives len(oracle) / len(answer) where the answer contains the oracle's.
     entry = {"question": "", "answer": "47", "metadata": {}}
-    reward = ReasoningGymReward("basic_arithmetic", correct=3.0, wrong=1.0)
+    reward = task_reward("basic_arithmetic", correct=3.0, wrong=1.0)
     assert reward([rollout("1470", entry)]) == [pytest.approx(1.0 + 2.0 * 0.5)]
     reward.close()
 
 
 def test_a_verifier_that_evaluates_hostile_text_is_cut_off() -> None:
     entry = reasoning_gym.create_dataset("countdown", size=1, seed=4)[0]
-    reward = ReasoningGymReward("countdown", time_limit_s=0.5)
+    reward = task_reward("countdown", time_limit_s=0.5)
     texts = [entry["metadata"]["expression"], "9**9**9**9", entry["metadata"]["expression"]]
     assert reward([rollout(text, entry) for text in texts]) == [1.0, 0.0, 1.0]
     reward.close()
@@ -61,6 +67,16 @@ def test_an_answer_of_several_lines_reaches_the_verifier_whole() -> None:
 
 
 def test_an_unknown_task_stops_the_run_with_its_name() -> None:
-    reward = ReasoningGymReward("no_such_task")
+    reward = task_reward("no_such_task")
     with pytest.raises(RuntimeError, match="no_such_task"):
         reward([rollout("1", {"question": "", "answer": "1", "metadata": {}})])
+
+
+def test_each_source_is_scored_by_the_verifier_of_its_own_task() -> None:
+    sources = {"sums": SUMS, "numbers": SourceConfig(kind="reasoning_gym", task="countdown")}
+    reward = ReasoningGymReward(RewardConfig(), sources)
+    entry = reasoning_gym.create_dataset("countdown", size=1, seed=4)[0]
+    answered = rollout(f"({entry['metadata']['expression']})", entry)  # only countdown evaluates it
+    asked = [replace(answered, prompt=replace(answered.prompt, source=name)) for name in sources]
+    assert reward(asked)[1] == 1.0 > reward(asked)[0]
+    reward.close()

@@ -7,6 +7,8 @@ from fractions import Fraction
 
 MAX_ANSWER_CHARS = 1000
 """A longer answer is no answer: it counts as wrong and is never parsed."""
+MAX_DEPTH = 24
+"""Nor is one with more brackets within one another: parsing it takes seconds."""
 MAX_BARE_CHARS = 64
 
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
@@ -32,7 +34,7 @@ def final_answer(text: str) -> str:
 
 def marked_answer(text: str) -> str | None:
     r"""The answer that the response marks as such, or None."""
-    for find in (_boxed, _tagged, _hashed, _answer_is):
+    for find in (boxed_answer, _tagged, _hashed, _answer_is):
         found = find(text)
         if found is not None and (found := clean(found)):
             return found
@@ -51,7 +53,11 @@ def clean(text: str) -> str:
     for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]")):
         if text.startswith(opening) and text.endswith(closing):
             text = text[2:-2]
-    return text.strip(" \t\r\n$*`").rstrip(".,;").strip(" \t$*`")
+    text = text.strip(" \t\r\n$*`")
+    shorter = text.rstrip(".,;")
+    if shorter.endswith("\\"):
+        shorter = text[: len(shorter) + 1]  # `\;` is a space
+    return shorter.strip(" \t$*`")
 
 
 def plain_number(text: str) -> Fraction | None:
@@ -66,9 +72,18 @@ def plain_number(text: str) -> Fraction | None:
     return -value if sign == "-" else value
 
 
+def depth(text: str) -> int:
+    """Brackets within one another, closed or not."""
+    open_now = deepest = 0
+    for char in text:
+        open_now += (char in "([{") - (char in ")]}")
+        deepest = max(deepest, open_now)
+    return deepest
+
+
 def has_no_value(text: str) -> bool:
     """Whether text that is not a plain number cannot be one: `12 + 5` (work left to do), or no digit."""
-    if "\\" not in text and (_ONLY_ARITHMETIC.fullmatch(text) or not any(c.isdigit() for c in text)):
+    if "\\" not in text and (_ONLY_ARITHMETIC.fullmatch(text) or not any(c.isnumeric() for c in text)):
         return True
     return bool(_UNEVALUATED.search(text)) and not _SCIENTIFIC.search(text)
 
@@ -78,7 +93,8 @@ def _is_bare(text: str) -> bool:
     return 0 < len(text) <= MAX_BARE_CHARS and "\n" not in text and len(_WORD.findall(text)) < 2
 
 
-def _boxed(text: str) -> str | None:
+def boxed_answer(text: str) -> str | None:
+    r"""What the last whole \boxed{} holds, or None."""
     end = len(text)
     for _ in range(3):  # the last may be cut off, as in a truncated response
         end = max(text.rfind(r"\boxed{", 0, end), text.rfind(r"\fbox{", 0, end))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
-from megatron_rpp.config.data import SourceConfig
 from megatron_rpp.config.reward import RewardConfig
 from megatron_rpp.experience.types import Prompt, Rollout, VersionSpan
-from megatron_rpp.reward.build import build_reward
-from megatron_rpp.reward.extract import final_answer, plain_number
-from megatron_rpp.reward.math_answer import MathAnswerReward, quick_verdict
+from megatron_rpp.reward.math.extract import final_answer, plain_number
+from megatron_rpp.reward.math.math_answer import MathAnswerReward, quick_verdict
 
 
 def rollout(text: str, answer: str, finish_reason: str = "stop") -> Rollout:
@@ -21,8 +20,18 @@ def rollout(text: str, answer: str, finish_reason: str = "stop") -> Rollout:
 
 
 @pytest.fixture(scope="module")
-def reward() -> MathAnswerReward:
-    return MathAnswerReward(correct=1.0, wrong=-1.0, time_limit_s=2.0)
+def reward() -> Iterator[MathAnswerReward]:
+    reward = MathAnswerReward(RewardConfig(correct=1.0, wrong=-1.0, time_limit_s=2.0))
+    yield reward
+    reward.close()
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[MathAnswerReward]:
+    reward = MathAnswerReward(RewardConfig(time_limit_s=0.3))
+    reward([rollout(r"8\pi", r"7\pi")])  # starts its processes
+    yield reward
+    reward.close()
 
 
 @pytest.mark.parametrize(
@@ -107,12 +116,10 @@ def test_a_truncated_response_scores_only_by_a_marked_answer(reward: MathAnswerR
         "1/0",
     ],
 )
-def test_hostile_text_is_wrong_and_never_raises(text: str) -> None:
-    reward = MathAnswerReward(time_limit_s=0.3)
+def test_hostile_text_is_wrong_and_never_raises(impatient: MathAnswerReward, text: str) -> None:
     start = time.perf_counter()
-    assert reward([rollout(text, r"7\pi")]) == [0.0]
-    assert time.perf_counter() - start < 6.0  # 0.3 s, and starting a worker on a busy machine
-    reward.close()
+    assert impatient([rollout(text, r"7\pi")]) == [0.0]
+    assert time.perf_counter() - start < 6.0  # twice 0.3 s, on a busy machine
 
 
 def test_an_answer_that_hangs_does_not_spoil_its_neighbours(reward: MathAnswerReward) -> None:
@@ -129,7 +136,7 @@ def test_it_works_outside_the_main_thread(reward: MathAnswerReward) -> None:
 
 
 def test_answers_keep_their_order_when_several_workers_share_them() -> None:
-    reward = MathAnswerReward()
+    reward = MathAnswerReward(RewardConfig())
     golds = [rf"{i}\sqrt{{2}}" for i in range(80)]
     texts = [rf"\sqrt{{2}}\cdot {i if i % 3 else i + 1}" for i in range(80)]
     pairs = zip(texts, golds, strict=True)
@@ -137,14 +144,11 @@ def test_answers_keep_their_order_when_several_workers_share_them() -> None:
     reward.close()
 
 
-def test_512_short_answers_take_under_50_ms_and_start_no_process() -> None:
-    reward = MathAnswerReward()
+def test_short_answers_to_numbers_start_no_process() -> None:
+    reward = MathAnswerReward(RewardConfig())
     rollouts = [rollout(text, "100") for i in range(128) for text in (str(i), f"{i}+-", f" ={i}", "no")]
-    reward(rollouts)
-    start = time.perf_counter()
     assert sum(reward(rollouts)) == 2.0
-    assert time.perf_counter() - start < 0.05
-    assert all(worker._process is None for worker in reward._pool._workers)
+    assert not reward._pool.is_running
 
 
 def test_numbers_are_compared_exactly() -> None:
@@ -154,14 +158,5 @@ def test_numbers_are_compared_exactly() -> None:
     assert quick_verdict("2/4", "1/2") is True
     assert plain_number("1e999999999") is None
     assert plain_number("1,23") is None
-
-
-def test_build_reward_passes_the_values_on_and_names_bad_ones() -> None:
-    built = build_reward(RewardConfig(correct=3.0, wrong=-2.0), SourceConfig())
-    assert built([rollout("4", "4"), rollout("5", "4")]) == [3.0, -2.0]
-    with pytest.raises(ValueError, match=r"reward\.kind='maths'"):
-        build_reward(RewardConfig(kind="maths"), SourceConfig())
-    with pytest.raises(ValueError, match=r"reward\.time_limit_s=0"):
-        build_reward(RewardConfig(time_limit_s=0), SourceConfig())
-    with pytest.raises(ValueError, match="needs prompts of kind reasoning_gym, not jsonl"):
-        build_reward(RewardConfig(kind="reasoning_gym"), SourceConfig())
+    assert quick_verdict("5 5", "55") is None
+    assert quick_verdict("2x + 3y = 6", "6") is None
