@@ -7,22 +7,8 @@ from typing import Any
 
 import requests
 
+from megatron_rpp.http_failure import reply_message
 from megatron_rpp.rollout.protocol import RolloutError
-
-_MAX_MESSAGE = 2000
-
-
-class HttpFailure(Exception):
-    """A reply that is not 200."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(f"HTTP {status}: {message}")
-        self.status = status
-
-    @property
-    def is_transient(self) -> bool:
-        """Sending it again may help: the server failed or is busy, and the request is not wrong."""
-        return self.status >= 500 or self.status in (408, 429)
 
 
 def post_json(url: str, endpoint: str, payload: dict[str, object], timeout_s: float) -> dict[str, object]:
@@ -33,18 +19,6 @@ def post_json(url: str, endpoint: str, payload: dict[str, object], timeout_s: fl
 def get_json(url: str, endpoint: str, timeout_s: float) -> dict[str, object]:
     """GET url/endpoint, like `post_json`."""
     return _call("GET", url, endpoint, None, timeout_s)
-
-
-def reply_message(body: str) -> str:
-    """The message in an error body of SGLang, or the body itself."""
-    try:
-        reply: Any = json.loads(body)
-    except ValueError:
-        return body[:_MAX_MESSAGE]
-    if isinstance(reply, dict):
-        error = reply.get("error")
-        reply = (error.get("message") if isinstance(error, dict) else error) or reply.get("message") or reply
-    return str(reply)[:_MAX_MESSAGE]
 
 
 def _call(method: str, url: str, endpoint: str, payload: Any, timeout_s: float) -> dict[str, object]:

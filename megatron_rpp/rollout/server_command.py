@@ -25,7 +25,7 @@ _TRAINER_ONLY_PREFIXES = (
     *("SLURM_", "PMI_", "PMI2_", "PMIX_", "OMPI_", "MPI_", "HYDI_"),
 )
 
-_CPU_FLAGS = (
+CPU_FLAGS = (
     *("--attention-backend", "torch_native"),
     *("--sampling-backend", "pytorch"),
     *("--grammar-backend", "none"),
@@ -71,7 +71,7 @@ def server_command(
         command += ["--custom-weight-loader", weight_loader]
     if device == "cpu":
         # Without a limit the KV cache takes all memory.
-        command += [*_CPU_FLAGS, "--max-total-tokens", str(max(rollout.max_total_tokens, rollout.context_length))]
+        command += [*CPU_FLAGS, "--max-total-tokens", str(max(rollout.max_total_tokens, rollout.context_length))]
     else:
         # Fused into the routed experts, shared ones could not be compared with the trainer's (weight_sync).
         command += ["--base-gpu-id", str(base_gpu), "--disable-shared-experts-fusion"]
@@ -96,11 +96,16 @@ def _weight_flags(model_path: str, dtype: str, device: str) -> list[str]:
 
 
 def server_environment(
-    base: Mapping[str, str], rollout: RolloutConfig, device: str, host: str = HOST
+    base: Mapping[str, str],
+    rollout: RolloutConfig,
+    device: str,
+    host: str = HOST,
+    model_package: str | None = None,
 ) -> dict[str, str]:
     """The environment `base` without the rank in it; on CPU with the stand-ins and one thread a rank.
 
     host: the address that the server listens on; trainers on other hosts reach its weight-update groups there, too.
+    model_package: modules of model classes that go before SGLang's own.
     """
     env = {
         name: value
@@ -112,6 +117,8 @@ def server_environment(
     choose_interfaces(host, env)
     if device == "cpu":
         env |= _cpu_environment(env.get("PYTHONPATH", ""), rollout.server_tensor)
+    if model_package is not None:
+        env["SGLANG_EXTERNAL_MODEL_PACKAGE"] = model_package
     return env
 
 

@@ -12,16 +12,30 @@ from typing import Any, TypeVar
 
 import aiohttp
 
+from megatron_rpp.rollout.prefix_table import PrefixTable
 from megatron_rpp.rollout.protocol import RolloutError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _LONGEST_PAUSE_S = 5.0  # between two probes of a server
+# The policy of sglang-router's cache_aware: a server is preferred that has seen at least this share of the prompt,
+# unless it is busier than the idlest one by more than so many requests and by more than this factor. The router's
+# own 64 requests and 1.5 are for short answers; here the prompt is a small part of the work.
+_SHARE_SEEN, _MORE_REQUESTS, _MORE_TIMES = 0.3, 1, 1.1
 
 
 class ServerLost(Exception):
     """The server of a request was given up while it ran; ask another."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One request, as far as it matters who takes it."""
+
+    token_ids: Sequence[int]  # of its prompt
+    load: int  # tokens that its samples may come to, prompts and responses
+    turn: int  # which of equally suitable servers takes it
 
 
 @dataclass(eq=False)
@@ -29,10 +43,14 @@ class PoolServer:
     """One server as this call sees it."""
 
     url: str
-    running: set[asyncio.Task[Any]] = field(default_factory=set)
+    running: dict[asyncio.Task[Any], int] = field(default_factory=dict)  # request -> its load
     failures: int = 0  # a server that fails fast must not look like the least busy one
     has_failed_last: bool = False  # the newest request that it ended, it failed
     cause: str | None = None  # why it is asked no more
+
+    def load(self, work: Work) -> int:
+        """Tokens in flight; a failure counts as one more request like `work`."""
+        return sum(self.running.values()) + self.failures * work.load
 
 
 class ServerPool:
@@ -41,6 +59,7 @@ class ServerPool:
     def __init__(self, urls: Sequence[str], health_deadline_s: float, session: aiohttp.ClientSession) -> None:
         self._servers = [PoolServer(url) for url in urls]
         self._deadline_s, self._session = health_deadline_s, session
+        self._prefixes = PrefixTable()
 
     @property
     def suspects(self) -> set[str]:
@@ -55,11 +74,21 @@ class ServerPool:
             raise RolloutError(f"no SGLang server is left to sample from: {causes}")
         return left
 
-    def pick(self, turn: int, failed: Sequence[str]) -> PoolServer:
-        """The least busy of the servers that have failed this request (`failed`: URLs) least; ties go by `turn`."""
+    def pick(self, work: Work, failed: Sequence[str]) -> PoolServer:
+        """Of the servers that have failed this request (`failed`: URLs) least: the least busy one that has seen the
+        beginning of its prompt, or the least busy of all where that has clearly less to do.
+        """
         left = self.left()
-        turns = left[turn % len(left) :] + left[: turn % len(left)]
-        return min(turns, key=lambda server: (failed.count(server.url), len(server.running) + server.failures))
+        fewest = min(failed.count(server.url) for server in left)
+        turns = left[work.turn % len(left) :] + left[: work.turn % len(left)]
+        able = [server for server in turns if failed.count(server.url) == fewest]
+        loads = {server.url: server.load(work) for server in able}
+        idlest = min(able, key=lambda server: loads[server.url])
+        limit = max(loads[idlest.url] + _MORE_REQUESTS * work.load, _MORE_TIMES * loads[idlest.url])
+        seen = self._prefixes.known(work.token_ids)
+        enough = _SHARE_SEEN * len(work.token_ids)
+        near = [s for s in able if seen.get(s.url, 0) >= max(enough, 1) and loads[s.url] <= limit]
+        return min(near, key=lambda server: (-seen[server.url], loads[server.url])) if near else idlest
 
     def give_up(self, server: PoolServer, cause: str) -> None:
         """Ask it no more, and free the requests that it holds."""
@@ -69,14 +98,18 @@ class ServerPool:
         for task in server.running:
             task.cancel()
 
-    async def run(self, server: PoolServer, request: Coroutine[Any, Any, T]) -> T:
+    async def run(self, server: PoolServer, work: Work, request: Coroutine[Any, Any, T]) -> T:
         """Result of a request to `server`. Raises what it raised, or ServerLost."""
+        if server.cause is not None:  # since it was picked
+            request.close()
+            raise ServerLost(server.url)
         task = asyncio.create_task(request)
-        server.running.add(task)
+        server.running[task] = work.load
+        self._prefixes.add(server.url, work.token_ids)
         try:
             await asyncio.wait([task])
         finally:
-            server.running.discard(task)
+            server.running.pop(task, None)
             task.cancel()  # nothing where it is done
         if task.cancelled():
             raise ServerLost(server.url)

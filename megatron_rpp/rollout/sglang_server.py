@@ -51,10 +51,11 @@ class SGLangServer:
         base_gpu: int = 0,  # its ranks take this GPU and the next ones
         weight_loader: str | None = None,  # import path of a function for `load_format` of a weight update
         port: int | None = None,  # None: rollout.port; 0: a free one
-        command: Callable[[int], list[str]] | None = None,  # of a port; tests put a small program here
+        model_package: str | None = None,  # modules of model classes that go before SGLang's own
+        command: Callable[[int], list[str]] | None = None,  # of a port; for a server that does not sample
     ) -> None:
         self._rollout, self._device, self._log_path, self._host = rollout, device, log_path, host
-        self._wanted_port = rollout.port if port is None else port
+        self._wanted_port, self._model_package = rollout.port if port is None else port, model_package
         self._command = command or (
             lambda p: server_command(
                 model_path,
@@ -159,7 +160,7 @@ class SGLangServer:
                     str(os.getpid()),
                     *self._command(self._port),
                 ],
-                env=server_environment(os.environ, self._rollout, self._device, self._host),
+                env=server_environment(os.environ, self._rollout, self._device, self._host, self._model_package),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

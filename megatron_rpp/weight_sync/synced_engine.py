@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -19,7 +20,8 @@ from megatron_rpp.parallel.collectives import from_replica_leader, gather_object
 from megatron_rpp.rollout.fleet import Server, ServerFleet
 from megatron_rpp.rollout.journal import Journal
 from megatron_rpp.rollout.protocol import ProgressCallback, RolloutError, SamplingParams
-from megatron_rpp.rollout.recorded import generate_recorded
+from megatron_rpp.rollout.recorded import RecordedClient
+from megatron_rpp.rollout.sampler import Flight
 from megatron_rpp.rollout.sglang_client import SGLangClient
 from megatron_rpp.weight_sync.phases import Phases
 from megatron_rpp.weight_sync.shared_fleet import SharedFleet
@@ -28,6 +30,8 @@ from megatron_rpp.weight_sync.transport import OutOfStepError, Transport, Weight
 from megatron_rpp.weight_sync.verification import Verification
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class SyncedRolloutEngine:
@@ -54,7 +58,7 @@ class SyncedRolloutEngine:
         """
         self._policy, self._client, self._transports = policy, client, tuple(transports)
         self._rollout, self._config = config.rollout, config.weight_sync
-        self._dtype, self._journal = dtype, journal
+        self._dtype, self._recorded = dtype, RecordedClient(client, journal)
         self._phases = Phases(policy.parallel.store, self._config.deadline_s)
         self._fleet = SharedFleet(fleet, self._phases, config.rollout)
         self.policy_version = UNSYNCED  # of the policy's weights, and of the serving servers
@@ -65,23 +69,43 @@ class SyncedRolloutEngine:
         self._fleet.wait_ready()
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, progress: ProgressCallback | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        progress: ProgressCallback | None = None,
+        *,
+        group_ids: Sequence[int] | None = None,
     ) -> list[Rollout]:
         """This replica's share of the responses: prompts dp_rank, dp_rank + dp_size, ... of `prompts`.
 
+        group_ids: `prompts` are this replica's own, and none is shared out; their positions in the global batch.
+
         Raises RolloutError where no server can be brought to the current weights, or none samples.
         """
-        parallel = self._policy.parallel
-        mine = range(len(prompts))[parallel.dp_rank :: parallel.dp_size]
-        for attempt in range(self._rollout.max_retries + 1):
+        mine: Sequence[int] = range(len(prompts))
+        if group_ids is None:
+            mine = mine[self._policy.parallel.dp_rank :: self._policy.parallel.dp_size]
+        picked = [prompts[i] for i in mine]
+        numbers = mine if group_ids is None else group_ids
+        rollouts = self.with_retries(lambda client: client.generate(picked, sampling, progress, group_ids=numbers))
+        assert {r.policy_version for r in rollouts} <= {self.policy_version}, "the client takes no other version"
+        return rollouts
+
+    def with_retries(self, sample: Callable[[RecordedClient], T]) -> T:
+        """What `sample` gives on this replica's leader, with servers that hold the current weights.
+
+        Where it raises on any leader it is called again on all of them: it must then know what it has already.
+        Raises RolloutError where no server can be brought to the current weights, or it fails too often.
+        """
+        for number in range(1, self._rollout.max_retries + 2):
             self._admit_newcomers()
-            rollouts, error = self._try_generate(prompts, mine, sampling, progress)
+            result, error = self._try(sample)
             outcomes = gather_objects((error, self._client.suspects))
             self._fleet.suspect(url for _, urls in outcomes for url in urls)
             failed = "; ".join(f"rank {rank}: {text}" for rank, (text, _) in enumerate(outcomes) if text)
             if not failed:
-                return rollouts
-            logger.warning("sampling failed, attempt %d: %s", attempt + 1, failed)
+                return result  # type: ignore[return-value] # set where there is no error
+            logger.warning("sampling failed, try %d: %s", number, failed)
         raise RolloutError(f"sampling failed {self._rollout.max_retries + 1} times; the last error: {failed}")
 
     def sync(self, policy_version: int) -> None:
@@ -93,6 +117,11 @@ class SyncedRolloutEngine:
         self._client.urls = ()
         self._bring(self._fleet.servers(), policy_version)
         self._serve()
+
+    @property
+    def flights(self) -> list[Flight]:
+        """On a replica's leader: the requests of its last sampling."""
+        return self._recorded.flights
 
     def verify_weights(self) -> list[str]:
         """Compare every tensor of every serving server with the policy, which must be at `policy_version`.
@@ -126,28 +155,13 @@ class SyncedRolloutEngine:
         for transport in self._transports:
             transport.close()
 
-    def _try_generate(
-        self, prompts: Sequence[Prompt], mine: range, sampling: SamplingParams, progress: ProgressCallback | None
-    ) -> tuple[list[Rollout], str | None]:
-        """(responses to the prompts at the positions `mine`, what went wrong)."""
-        picked = [prompts[i] for i in mine]
+    def _try(self, sample: Callable[[RecordedClient], T]) -> tuple[T | None, str | None]:
+        """(what `sample` gives, what went wrong)."""
         self._client.suspects.clear()
         try:
-            rollouts = from_replica_leader(
-                self._policy.parallel, lambda: self._sample(picked, mine, sampling, progress)
-            )
+            return from_replica_leader(self._policy.parallel, lambda: sample(self._recorded)), None
         except Exception as error:  # whatever it is: the other replicas wait to hear of it
-            return [], words_of(error, RolloutError)
-        assert {r.policy_version for r in rollouts} <= {self.policy_version}, "the client takes no other version"
-        return rollouts, None
-
-    def _sample(
-        self, prompts: Sequence[Prompt], group_ids: range, sampling: SamplingParams, progress: ProgressCallback | None
-    ) -> list[Rollout]:
-        if self._journal is None:
-            return self._client.generate(prompts, sampling, progress, group_ids=group_ids)
-        version, client, journal = self.policy_version, self._client, self._journal
-        return generate_recorded(client, journal, prompts, sampling, progress, group_ids=group_ids, version=version)
+            return None, words_of(error, RolloutError)
 
     def _admit_newcomers(self) -> None:
         """Servers that joined, came back or answered wrongly are brought to the current weights before they serve."""
@@ -167,10 +181,10 @@ class SyncedRolloutEngine:
     def _bring(self, servers: Sequence[Server], version: int) -> None:
         """Sync `servers`, or those of them that are still there, to `version`."""
         error: WeightSyncError | None = None
-        for attempt in range(self._rollout.max_retries + 1):
-            transport = self._transports[min(attempt, len(self._transports) - 1)]
+        for number in range(self._rollout.max_retries + 1):
+            transport = self._transports[min(number, len(self._transports) - 1)]
             try:
-                self.last_sync = self._transaction(servers, version, transport, is_first=attempt == 0).run()
+                self.last_sync = self._transaction(servers, version, transport, is_first=number == 0).run()
                 self._fleet.mark(servers, version)
                 return
             except OutOfStepError:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_rpp.config.schema import Config, ModelConfig, ParallelConfig
+from megatron_rpp.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig
 from megatron_rpp.engine.pipeline import run_pipeline
 from megatron_rpp.engine.score import logits_head
 from megatron_rpp.experience.types import ExperienceBatch
@@ -26,7 +26,9 @@ def greedy(model: Model, prompts: list[list[int]], new_tokens: int) -> list[list
         empty = torch.zeros(tokens.shape)
         batch = ExperienceBatch(tokens, empty, empty, empty[:, 0], tokens[:, 0])
         with torch.no_grad():
-            found = run_pipeline(model, batch, logits_head(model), micro_batch_size=len(texts), forward_only=True)
+            found = run_pipeline(
+                model, batch, logits_head(model), train=TrainConfig(micro_batch_size=len(texts)), forward_only=True
+            )
         for row, text in enumerate(texts):
             text.append(int(found["logits"][row, len(text) - 1].argmax()))
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]

@@ -16,6 +16,7 @@ from megatron_rpp.config.load import load_config
 from megatron_rpp.experience.types import Rollout
 from megatron_rpp.model.save_hf import save_hf
 from megatron_rpp.observability.logs import setup_logging
+from megatron_rpp.observability.metrics import Metrics
 from megatron_rpp.parallel.rank_process import exit_on_sigterm
 from megatron_rpp.rollout import control
 from megatron_rpp.rollout.http import post_json
@@ -68,6 +69,9 @@ class DigitReward:
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:
         return [sum(c.isdigit() for c in r.text) / len(r.response_ids) for r in rollouts]
+
+    def metrics(self) -> Metrics:
+        return Metrics()
 
     def close(self) -> None: ...
 

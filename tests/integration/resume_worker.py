@@ -23,6 +23,7 @@ from megatron_rpp.config.load import load_config
 from megatron_rpp.config.schema import Config
 from megatron_rpp.experience.types import Rollout
 from megatron_rpp.observability.logs import setup_logging
+from megatron_rpp.observability.metrics import Metrics
 from megatron_rpp.observability.timers import Timers
 from megatron_rpp.rollout.journal import journal_folder
 from tests.support.forked_ranks import run_forked
@@ -37,6 +38,9 @@ class DigitReward:
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:
         return [sum(c.isdigit() for c in r.text) / len(r.response_ids) for r in rollouts]
+
+    def metrics(self) -> Metrics:
+        return Metrics()
 
     def close(self) -> None: ...
 

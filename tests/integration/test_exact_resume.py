@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.json
+import pyarrow.parquet
 import pytest
 
 from megatron_rpp.checkpoint.files import read_manifest
@@ -19,7 +21,7 @@ from megatron_rpp.rollout.sglang_server import SGLangServer
 from tests.integration.test_loop import write_problems
 
 STEPS, KILLS = 12, 10
-TIMINGS = ("time/", "sync/send_s", "tokens_per_second")
+TIMINGS = ("time/", "sync/send_s", "tokens_per_second", "rollout/tail_s", "rollout/idle_fraction")
 
 CONFIG = """
 run = {{ dir = "{run_dir}", steps = {steps}, seed = 5 }}
@@ -29,11 +31,13 @@ rollout = {{ num_prompts = 8, max_response_tokens = 4, context_length = 32, urls
 train = {{ batch_size = 16, micro_batch_size = 8 }}
 optimizer = {{ lr = 3e-3, lr_schedule = "cosine", warmup_steps = 4 }}
 reward = {{ normalization = "running" }}
-eval = {{ num_prompts = 4, interval = 3 }}
+eval = {{ num_prompts = 4, interval = 3, samples = 2 }}
 checkpoint = {{ interval = 2, keep = 2 }}
 [data]
-train = {{ kind = "jsonl", path = "{root}/problems.jsonl", size = 40 }}
+sources.many = {{ kind = "jsonl", path = "{root}/problems.jsonl", size = 30, weight = 2 }}
+sources.few = {{ kind = "parquet", path = "{root}/few.parquet", weight = 1 }}
 eval = {{ kind = "jsonl", path = "{root}/eval.jsonl" }}
+evals.more = {{ kind = "jsonl", path = "{root}/more.jsonl" }}
 """
 
 
@@ -42,12 +46,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("resume")
     write_problems(path / "problems.jsonl", 40)
     write_problems(path / "eval.jsonl", 4)
+    write_problems(path / "more.jsonl", 2)
+    pyarrow.parquet.write_table(pyarrow.json.read_json(path / "problems.jsonl").slice(30), path / "few.parquet")
     return path
 
 
 @pytest.fixture(scope="module")
 def config(root: Path, tiny_model_dir: Path, sglang_server: SGLangServer) -> Path:
-    """Of a run with all that has state: schedule, adaptive KL, running normalization, evaluations."""
+    """Of a run with all that has state: schedule, adaptive KL, running normalization, evaluations, mixed sources."""
     text = CONFIG.format(root=root, run_dir=root / "run", model=tiny_model_dir, url=sglang_server.url, steps=STEPS)
     (root / "run.toml").write_text(text)
     return root / "run.toml"
@@ -86,6 +92,8 @@ def test_run_killed_ten_times_equals_the_undisturbed_one(root: Path, config: Pat
     expected = without_timings(undisturbed)
     assert [step["step"] for step in expected] == list(range(STEPS))
     assert len({step["kl/coef"] for step in expected}) > 2 and expected[-1]["eval/policy_version"] == STEPS
+    assert {"reward/many/mean", "reward/few/mean"} <= expected[0].keys(), "each source has a share of each step"
+    assert {"eval/accuracy", "eval/pass@2", "eval/more/accuracy", "eval/more/maj@2"} <= expected[-1].keys()
     for one, other in zip(without_timings(again), expected, strict=True):
         assert one == other, f"step {other['step']}"
     last = f"checkpoints/step-{STEPS:06d}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,25 @@ def test_resumed_run_goes_on_where_it_stopped(run: dict[str, Any]) -> None:
     assert abs(steps[2]["kl/mean"]) > 1e-4, "the resumed policy equals the reference: its weights were not loaded"
     assert len(seen) == 40 and len(read_rollouts(run_dir, 2)) == 160
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step-000003"]
+
+
+def test_packed_sequences_train_on_context_parallel_ranks_of_two_replicas(tiny_model_dir: Path, tmp_path: Path) -> None:
+    write_problems(tmp_path / "problems.jsonl", 40)
+    write_config(tmp_path / "run.toml", tiny_model_dir, tmp_path / "run", tmp_path / "problems.jsonl")
+    layout = ["--parallel.pipeline=1", "--parallel.context=2", "--parallel.data=2", "--train.micro_batch_tokens=96"]
+    # A random model earns nothing; the entropy bonus moves it.
+    more = ["--rollout.max_response_tokens=8", "--eval.interval=0", "--algorithm.entropy_coef=0.1"]
+    command = [sys.executable, "-m", "megatron_rpp.cli", "train", str(tmp_path / "run.toml"), *layout, *more]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    steps = read_metrics(tmp_path / "run")
+    for number, step in enumerate(steps):
+        assert step["policy_version"] == number and abs(step["ratio/mean"] - 1) < 1e-4
+        assert step["mismatch/logprob_abs_mean"] < 1e-3, "engine and trainer differ: sync, packing or context parallel"
+        assert 0 <= step["train/dp_imbalance"] < 0.05 and step["train/padding_waste"] < 0.3
+        groups = Counter(r["prompt_id"] for replica in (0, 1) for r in read_rollouts(tmp_path / "run", number, replica))
+        assert len(groups) == 20 and set(groups.values()) == {8}
+    assert len(steps) == 2 and abs(steps[1]["kl/mean"]) > 1e-4, "the policy has not moved"
 
 
 def read_rollouts(run_dir: Path, step: int, replica: int = 0) -> list[dict[str, Any]]:

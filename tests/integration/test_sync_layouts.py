@@ -38,7 +38,10 @@ LAYOUTS = {  # of four ranks: one launch for all
     "pp2_vpp2_dp2": ParallelConfig(pipeline=2, virtual_pipeline=2, data=2),
     "tp2_pp2": ParallelConfig(tensor=2, pipeline=2),
     "pp2_first3_dp2": ParallelConfig(pipeline=2, first_stage_layers=3, data=2),
+    "tp2_cp2": ParallelConfig(tensor=2, context=2),
+    "pp2_cp2": ParallelConfig(pipeline=2, context=2),
 }
+BY_DISK = ("tp2_pp2", "pp2_first3_dp2", "tp2_cp2")
 WIDE = {**SHAPE, "vocab_size": 2001, "hidden_size": 64, "head_dim": 16}  # in float32 more than a bucket of 1 MiB holds
 
 
@@ -83,7 +86,7 @@ def dense_jobs(make: Make, dtype: str, urls: tuple[str, ...], out: Path) -> list
         path = write_weights(make, seed, out / name)
         sync = {"transports": ["broadcast"], "dtype": dtype}
         jobs.append(Job(name, layout, urls, (path,), sync))
-        if name in ("tp2_pp2", "pp2_first3_dp2"):
+        if name in BY_DISK:
             by_disk = {**sync, "transports": ["disk"], "disk_path": str(out / "synced")}
             jobs.append(
                 Job(f"{name}_disk", layout, urls, (write_weights(make, seed + 20, out / f"{name}_d"),), by_disk)
@@ -97,7 +100,7 @@ def dense_jobs(make: Make, dtype: str, urls: tuple[str, ...], out: Path) -> list
 
 STEPS = [
     *((name, 0) for name in LAYOUTS),
-    *(("tp2_pp2_disk", 0), ("pp2_first3_dp2_disk", 0)),
+    *((f"{name}_disk", 0) for name in BY_DISK),
     *((f"{name}_delta", version) for name in ("tp2_sp_pp2", "pp2_vpp2_dp2") for version in (0, 1)),
 ]
 

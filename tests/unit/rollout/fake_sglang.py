@@ -14,7 +14,10 @@ Reply = tuple[int, Any]
 
 
 class FakeServer(ThreadingHTTPServer):
-    """Answers every POST with `answer(path, payload)` and remembers the payloads; GET by `tp_size` and `status`."""
+    """Answers every POST with `answer(path, payload)` and remembers the payloads; GET by `tp_size` and `status`.
+
+    /abort_request is remembered in `aborted` alone; an `answer` that takes long may ask `is_aborted`.
+    """
 
     daemon_threads = True
     request_queue_size = 128
@@ -23,6 +26,7 @@ class FakeServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.payloads: list[dict[str, Any]] = []
+        self.aborted: set[str] = set()  # names of samples
         self.in_flight = self.most_in_flight = 0
         self.lock = threading.Lock()
         self.tp_size, self.status = 1, 200
@@ -36,6 +40,10 @@ class FakeServer(ThreadingHTTPServer):
         if self.stopped.is_set():
             self.end.wait(30)
             raise ConnectionAbortedError
+
+    def is_aborted(self, payload: dict[str, Any]) -> bool:
+        """Whether all samples of this request were aborted."""
+        return self.aborted >= set(payload["rid"])
 
     def handle_error(self, request: Any, client_address: Any) -> None: ...
 
@@ -52,6 +60,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/abort_request":
+            self.server.hold()
+            self.server.aborted.add(payload["rid"])
+            return self.reply(200, "")
         with self.server.lock:
             self.server.payloads.append(payload)
             self.server.in_flight += 1
@@ -63,7 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             with self.server.lock:
                 self.server.in_flight -= 1
-        self.reply(status, reply)
+        return self.reply(status, reply)
 
     def reply(self, status: int, reply: Any) -> None:
         body = reply.encode() if isinstance(reply, str) else json.dumps(reply).encode()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +14,10 @@ from fake_sglang import STOP, FakeServer, Reply, running, samples_of
 
 from megatron_rpp.config.rollout import RolloutConfig
 from megatron_rpp.experience.types import Prompt, Rollout
+from megatron_rpp.rollout.payloads import generate_payloads
 from megatron_rpp.rollout.protocol import RolloutError, SamplingParams
 from megatron_rpp.rollout.replies import version_spans
+from megatron_rpp.rollout.server_pool import ServerLost, ServerPool, Work
 from megatron_rpp.rollout.sglang_client import SGLangClient
 
 PROMPTS = [Prompt(id=i, text="", token_ids=(i, 7), answer="") for i in range(20)]
@@ -195,3 +199,60 @@ def test_no_request_is_left_running_when_a_call_fails(servers: list[FakeServer])
         client(servers[:1]).generate(PROMPTS, SAMPLING)
     assert time.monotonic() - start < 5
     hung.set()
+
+
+def test_a_request_that_waits_to_be_sent_again_does_not_go_to_a_server_that_was_given_up_meanwhile(
+    servers: list[FakeServer],
+) -> None:
+    """The server fails it, then falls silent while it waits: with nobody left, the call ends there."""
+    silent = servers[0]
+
+    def fail_and_fall_silent(path: str, payload: dict[str, Any]) -> Reply:
+        threading.Timer(0.05, silent.stopped.set).start()
+        return 500, "out of memory"
+
+    silent.answer = fail_and_fall_silent
+    c = client(servers[:1], health_deadline_s=0.1, request_deadline_s=20, max_retries=30)
+    with pytest.raises(RolloutError, match=r"no SGLang server is left.*no sign of life"):
+        c.generate(PROMPTS[:1], SAMPLING)
+
+
+def test_a_server_that_was_given_up_gets_no_request() -> None:
+    async def run() -> None:
+        session: Any = None
+        pool, work = ServerPool(["http://a"], 60.0, session), Work([1], 1, 0)
+        server = pool.left()[0]
+        pool.give_up(server, "dead")
+        with pytest.raises(ServerLost):
+            await pool.run(server, work, asyncio.sleep(60))
+
+    asyncio.run(asyncio.wait_for(run(), 5))
+
+
+def test_the_samples_of_a_request_are_aborted_together(servers: list[FakeServer]) -> None:
+    """One after the other, a server that takes a moment for each would not hear of the last ones in time."""
+    server, inside, most = servers[0], list[str](), [0]
+
+    class Aborted(set[str]):
+        def add(self, name: str) -> None:
+            inside.append(name)
+            time.sleep(0.2)
+            most[0] = max(most[0], len(inside))
+            inside.remove(name)
+            super().add(name)
+
+    server.aborted = Aborted()
+    server.answer = lambda path, payload: (server.end.wait(30), (500, ""))[1]
+
+    async def run() -> None:
+        c = client([server])
+        [payload] = generate_payloads(PROMPTS[:1], [0], replace(SAMPLING, num_samples_per_prompt=8), 64)
+        async with c.open(SAMPLING) as sample:
+            task = asyncio.create_task(sample(PROMPTS[0], 0, payload))  # type: ignore[arg-type]
+            while not server.payloads:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            await asyncio.wait([task])
+
+    asyncio.run(run())
+    assert len(server.aborted) == 8 and most[0] > 1

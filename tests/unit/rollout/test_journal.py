@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,10 @@ from megatron_rpp.config.rollout import RolloutConfig
 from megatron_rpp.config.schema import Config, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_rpp.experience.types import Prompt, Rollout, VersionSpan
 from megatron_rpp.rollout.journal import Journal, fingerprint, forget, journal_folder
+from megatron_rpp.rollout.payloads import generate_payloads
 from megatron_rpp.rollout.protocol import SamplingParams
-from megatron_rpp.rollout.recorded import generate_recorded
+from megatron_rpp.rollout.recorded import RecordedClient
+from megatron_rpp.rollout.sglang_client import SampleGroup
 
 SAMPLING = SamplingParams(2, 8, 1.0, 1.0, (9,), seed=4)
 PROMPTS = [Prompt(i, f"p{i}", (5, 6, i), "0") for i in range(4)]
@@ -40,6 +44,7 @@ class Engine:
     """A stand-in for the client: every sample that it draws is another one."""
 
     context_length = 64
+    version = 3
 
     def __init__(self, dies_after: int | None = None) -> None:
         self.asked: list[int] = []
@@ -57,13 +62,47 @@ class Engine:
             if progress:
                 progress(2 * len(self.asked), 2 * len(prompts))
 
+    @asynccontextmanager
+    async def open(self, sampling: SamplingParams) -> AsyncIterator[SampleGroup]:
+        async def one(prompt: Prompt, group_id: int, payload: dict[str, Any]) -> list[Rollout]:
+            found: list[Rollout] = []
+            self.generate(
+                [prompt], sampling, None, group_ids=[group_id], on_prompt=lambda _, drawn: found.extend(drawn)
+            )
+            return found
+
+        yield one
+
 
 def sample(engine: Engine, config: Config, *, sampling: SamplingParams = SAMPLING, **how: Any) -> list[Rollout]:
     """By a job that has just started."""
     journal = how.pop("journal", None) or Journal(config, how.pop("replica", 0))
-    version, progress = how.pop("version", 3), how.pop("progress", None)
+    engine.version, progress = how.pop("version", 3), how.pop("progress", None)
     ids, prompts = how.pop("group_ids", range(4)), how.pop("prompts", PROMPTS)
-    return generate_recorded(engine, journal, prompts, sampling, progress, group_ids=ids, version=version)  # type: ignore[arg-type]
+    client: Any = engine
+    return RecordedClient(client, journal).generate(prompts, sampling, progress, group_ids=ids)
+
+
+def sample_one_by_one(engine: Engine, config: Config, wanted: Sequence[int]) -> list[Rollout]:
+    """As a scheduled step does: prompts singly, each in a request of its own."""
+    client: Any = engine
+    engine.version = 3
+    payloads = generate_payloads(PROMPTS, range(4), SAMPLING, engine.context_length)
+
+    async def run() -> list[Rollout]:
+        async with RecordedClient(client, Journal(config, 0)).open(SAMPLING) as ask:
+            return [each for i in wanted for each in await ask(PROMPTS[i], i, payloads[i])]
+
+    return asyncio.run(run())
+
+
+def test_what_a_scheduled_step_has_sampled_is_not_sampled_again(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    before = sample_one_by_one(Engine(), config, [2, 0])
+    again = Engine()
+    assert sample_one_by_one(again, config, [0, 1, 2])[:2] == before[2:] and again.asked == [1]
+    plain = Engine()
+    assert sample(plain, config)[4:6] == before[:2] and plain.asked == [3], "one prompt at one place is one request"
 
 
 def test_a_response_comes_back_bit_by_bit(tmp_path: Path) -> None:

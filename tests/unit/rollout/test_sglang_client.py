@@ -127,7 +127,9 @@ def test_a_server_error_is_retried(server: FakeServer) -> None:
     replies: list[Reply] = [(500, "busy"), (503, "busy")]
     server.answer = lambda path, payload: replies.pop() if replies else (200, samples_of(payload))
     assert len(client(server.url, max_retries=2).generate(prompts(1), sampling())) == 2
+    names = [name for payload in server.payloads for name in payload.pop("rid")]
     assert len(server.payloads) == 3 and server.payloads[0] == server.payloads[2], "a retry keeps its seeds"
+    assert len(set(names)) == 6, "SGLang refuses a second request of a name that it still works on"
 
 
 def test_a_dead_server_is_replaced_by_the_next(servers: list[FakeServer]) -> None:
