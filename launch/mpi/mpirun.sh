@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Started by mpirun (MPICH, Intel MPI or Open MPI) instead of srun or torchrun.
 #   launch/mpi/mpirun.sh RANKS CONFIG.toml [--section.key=value ...]
-# RANKS must equal parallel.tensor x parallel.pipeline x parallel.data. For several hosts, pass mpirun's own options in
-# RPP_MPIRUN_ARGS (such as "--hostfile hosts"). `python -m mpi4py` ends all ranks when one fails; plain python would hang.
+# RANKS must equal parallel.tensor x parallel.pipeline x parallel.context x parallel.data. For several hosts, pass
+# mpirun's own options in RPP_MPIRUN_ARGS (such as "--hostfile hosts"). `python -m mpi4py` ends all ranks when one
+# fails; plain python would hang.
 # RPP_ATTEMPT names this start on every rank, whichever MPI it is.
 set -euo pipefail
 ranks=$1

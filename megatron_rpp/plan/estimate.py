@@ -6,7 +6,9 @@ from dataclasses import replace
 
 from megatron_rpp import device
 from megatron_rpp.config.errors import ConfigError
+from megatron_rpp.config.layout_words import by_keys
 from megatron_rpp.config.schema import Config, ModelConfig, ParallelConfig
+from megatron_rpp.config.validate import check_packing
 from megatron_rpp.model.checks import check_lengths, check_split
 from megatron_rpp.model.hf_config import HFConfig
 from megatron_rpp.model.hf_mapping import read_hf_config
@@ -31,6 +33,7 @@ def plan(config: Config, gpus: int | None = None) -> Plan:
     given, config = config, replace(config, parallel=_on_gpus(config, gpus))
     check_split(config.parallel, hf)
     check_lengths(config, hf)
+    check_packing(config)
     _check_batches(config)
     parallel, stages = config.parallel, tuple(stage_memory(hf, config))
     total, _ = total_parameters(hf, config.model)
@@ -69,12 +72,10 @@ def _on_gpus(config: Config, gpus: int | None) -> ParallelConfig:
     parallel = config.parallel
     if gpus is None:
         return parallel
-    replica = parallel.tensor * parallel.pipeline
+    replica = parallel.tensor * parallel.pipeline * parallel.context
     if gpus < 1 or gpus % replica:
-        raise ConfigError(
-            f"--gpus={gpus} must be a multiple of parallel.tensor={parallel.tensor} x "
-            f"parallel.pipeline={parallel.pipeline} = {replica}"
-        )
+        split = by_keys(parallel, "tensor", "pipeline", "context")
+        raise ConfigError(f"--gpus={gpus} must be a multiple of {split} = {replica}")
     return replace(parallel, data=gpus // replica)
 
 

@@ -21,7 +21,8 @@ from megatron_rpp.model.hf_config import HFConfig, without_values
 from megatron_rpp.model.hf_mapping.mtp import without_mtp
 from megatron_rpp.model.shards import sharded_parameters
 from megatron_rpp.plan.fake_rank import fake_rank
-from megatron_rpp.plan.saved import EvenRouting, as_transformer_engine, saved_bytes
+from megatron_rpp.plan.microbatch import MicrobatchShape, largest_microbatch
+from megatron_rpp.plan.saved import EvenRouting, as_transformer_engine, packed_params, saved_bytes
 
 EMBEDDING, NORM, OUTPUT = "embedding", "final_layernorm", "output_layer"
 Kind = tuple[bool, bool]  # of a layer: has experts, has a sliding window
@@ -46,7 +47,7 @@ class Parts:
     layers: dict[Kind, Part]
     norm: Part
     output: Part  # of a tied model: without the weight, which the embedding has
-    logits: int  # elements of a microbatch's [b, S, V / tp_size]
+    logits: int  # elements of a microbatch's [b, S, V / tp_size]; packed [1, T / cp_size, V / tp_size]
     hidden: int  # elements of what a stage hands on for a microbatch
 
 
@@ -68,23 +69,20 @@ def count_parts(hf: HFConfig, config: Config) -> Parts:
         sequence=parallel.sequence,
         expert=parallel.expert,
         expert_tensor=parallel.expert_tensor,
+        context=parallel.context,
         data=_least_data(parallel),
     )
-    unit = parallel.tensor if parallel.sequence else 1
-    length = math.ceil(config.rollout.context_length / unit) * unit
-    shape = config.train.micro_batch_size, length
-    return _count(without_values(without_mtp(hf)), model, small, shape, as_te)
+    return _count(without_values(without_mtp(hf)), model, small, largest_microbatch(config), as_te)
 
 
 def _least_data(parallel: ParallelConfig) -> int:
     """The smallest DP size that the experts divide over."""
     ranks = parallel.expert * parallel.expert_tensor
-    return ranks // math.gcd(ranks, parallel.tensor)
+    return ranks // math.gcd(ranks, parallel.tensor * parallel.context)
 
 
 @lru_cache(maxsize=256)
-def _count(hf: HFConfig, model: ModelConfig, parallel: ParallelConfig, shape: tuple[int, int], as_te: bool) -> Parts:
-    """`shape`: (rows, length) of a microbatch."""
+def _count(hf: HFConfig, model: ModelConfig, parallel: ParallelConfig, shape: MicrobatchShape, as_te: bool) -> Parts:
     kinds = sorted(set(kinds_of(hf)))
     config = Config(model=model, parallel=parallel)
     with fake_rank(parallel) as context:
@@ -97,7 +95,7 @@ def _count(hf: HFConfig, model: ModelConfig, parallel: ParallelConfig, shape: tu
     copies = parallel.tensor if as_te else 1
     first, *layers, norm, output = (_part(built, name, saved.get(name, 0), copies) for name in names)
     split = parallel.tensor if parallel.sequence else 1
-    hidden = shape[0] * shape[1] * hf.hidden_size // split
+    hidden = shape.tokens * hf.hidden_size // split
     return Parts(first, dict(zip(kinds, layers, strict=True)), norm, output, logits, hidden)
 
 
@@ -126,7 +124,7 @@ def _part(model: Model, name: str, saved: int, copies: int) -> Part:
     )
 
 
-def _saved_by_part(chunk: torch.nn.Module, hf: HFConfig, shape: tuple[int, int]) -> tuple[dict[str, int], int]:
+def _saved_by_part(chunk: torch.nn.Module, hf: HFConfig, shape: MicrobatchShape) -> tuple[dict[str, int], int]:
     """(bytes saved in each part's forward, elements of the logits) of one microbatch."""
     now = [EMBEDDING]
     model: Any = chunk
@@ -138,7 +136,7 @@ def _saved_by_part(chunk: torch.nn.Module, hf: HFConfig, shape: tuple[int, int])
         layer.register_forward_pre_hook(enter(f"layers.{i}"))
     model.decoder.final_layernorm.register_forward_pre_hook(enter(NORM))
     model.output_layer.register_forward_pre_hook(enter(OUTPUT))
-    tokens = torch.empty(shape, dtype=torch.int64, device=device.current())
+    tokens = torch.empty((shape.rows, shape.length), dtype=torch.int64, device=device.current())
     with saved_bytes(lambda: now[0], chunk.parameters()) as found, EvenRouting(hf.moe):
-        logits = chunk(tokens, tokens, attention_mask=None)
+        logits = chunk(tokens, tokens, attention_mask=None, packed_seq_params=packed_params(shape))
     return dict(found), logits.numel()

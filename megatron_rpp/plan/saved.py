@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from megatron_rpp.model.hf_config import MoE
 from megatron_rpp.model.layers.attention import SDPACoreAttention
 from megatron_rpp.model.layers.norms import RMSNorm
+from megatron_rpp.plan.microbatch import MicrobatchShape
 
 
 @contextmanager
@@ -35,6 +37,23 @@ def saved_bytes(part_of_model: Callable[[], str], parameters: Iterable[Tensor]) 
         yield found
 
 
+def packed_params(shape: MicrobatchShape) -> PackedSeqParams | None:
+    """What the model is told of the slots; None where rows are padded. Their bounds are values even on "meta"."""
+    if not shape.bounds:
+        return None
+    with torch._C.DisableTorchFunction():  # AlwaysMeta
+        bounds = torch.tensor(shape.bounds, dtype=torch.int32, device="cpu")
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        cu_seqlens_q_padded=bounds,
+        cu_seqlens_kv_padded=bounds,
+        max_seqlen_q=shape.longest,
+        max_seqlen_kv=shape.longest,
+    )
+
+
 class EvenRouting(TorchFunctionMode):
     """What depends on the values of a router has the shape that it has where all experts get equally many tokens.
 
@@ -51,12 +70,12 @@ class EvenRouting(TorchFunctionMode):
         if name == "masked_select":
             self._chosen = round(args[0].numel() * self._share)
             return _Selected.apply(args[0], args[1], self._chosen)
-        if name == "tolist":
+        if name == "tolist" and args[0].is_meta:  # slots of packed sequences are known
             experts = len(args[0])
             return [(self._chosen + i) // experts for i in range(experts)]
         if name == "scaled_dot_product_attention":
-            q, k, v = args[:3]
-            return _Attention.apply(q, k, v, False)
+            q, k, v, *mask = args  # torch makes a bool mask one of q's type, and keeps that
+            return _Attention.apply(q, k, v, False, *(each.to(q.dtype) for each in mask))
         return func(*args, **(kwargs or {}))
 
 
@@ -74,6 +93,9 @@ def as_transformer_engine(model: torch.nn.Module) -> None:
 
 
 def _core_attention(query: Tensor, key: Tensor, value: Tensor, *unused: Any, **also_unused: Any) -> Tensor:
+    """Padded [S, B, H, D], or packed [T / cp_size, H, D]: a context-parallel rank keeps its own keys and values."""
+    if query.dim() == 3:
+        return _core_attention(query[:, None], key[:, None], value[:, None])[:, 0]
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     out: Tensor = _Attention.apply(q, k, v, True)
     return out.permute(2, 0, 1, 3).flatten(start_dim=2)
@@ -102,11 +124,11 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sequence_first: bool) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sequence_first: bool, *mask: Tensor) -> Tensor:
         rows, heads, length, _ = q.shape
         if sequence_first:
             out = q.new_empty(length, rows, heads, v.shape[3]).permute(1, 2, 0, 3)
         else:
             out = q.new_empty(rows, length, heads, v.shape[3]).transpose(1, 2)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32), *mask)
         return out

@@ -15,6 +15,7 @@ from megatron_rpp.model.transformer_config import transformer_config
 from megatron_rpp.plan.buffers import lay_out
 from megatron_rpp.plan.in_flight import chunks_in_flight
 from megatron_rpp.plan.memory import GRADIENT, StageMemory
+from megatron_rpp.plan.microbatch import largest_microbatch, num_microbatches
 from megatron_rpp.plan.parts import Part, Parts, count_parts, kinds_of
 
 MIB = 2**20
@@ -51,11 +52,6 @@ def _stage(hf: HFConfig, config: Config, parts: Parts, stage: int, layers: Seque
     )
 
 
-def num_microbatches(config: Config) -> int:
-    """Of one replica in one optimizer step."""
-    return -(-config.train.batch_size // config.parallel.data // config.train.micro_batch_size)
-
-
 def layers_of_stages(hf: HFConfig, config: Config) -> list[list[range]]:
     """By stage and model chunk the global indices of the layers, as Megatron shares them out."""
     parallel = config.parallel
@@ -83,9 +79,13 @@ def _parts_of(hf: HFConfig, config: Config, parts: Parts, stage: int, chunk: int
 
 
 def _buffers(hf: HFConfig, config: Config, chunks: Sequence[Sequence[Part]], stage: int) -> tuple[int, int, int]:
-    """(parameters, elements of their buffers, the most that one data-parallel rank updates) of a stage's ranks."""
+    """(parameters, elements of their buffers, the most that one rank updates) of a stage's ranks.
+
+    Context-parallel ranks, whose weights are the same, share the optimizer out as data-parallel ones do.
+    """
     parallel, distributed = config.parallel, config.optimizer.distributed
-    expert_data = parallel.tensor * parallel.data // (parallel.expert * parallel.expert_tensor)
+    copies = parallel.context * parallel.data
+    expert_copies = parallel.tensor * copies // (parallel.expert * parallel.expert_tensor)
     parameters = length = updated = 0
     for i, chunk in enumerate(chunks):
         dense = [size for part in chunk for size in part.dense]
@@ -94,8 +94,8 @@ def _buffers(hf: HFConfig, config: Config, chunks: Sequence[Sequence[Part]], sta
         shared = hf.tied_embeddings and parallel.pipeline > 1
         first, last = stage == i == 0, stage == parallel.pipeline - 1 and i == len(chunks) - 1
         apart = (0 if first else len(dense) - 1 if last else None) if shared else None
-        for sizes, dp_size, own in ((dense, parallel.data, apart), (experts, expert_data, None)):
-            buffer = lay_out(sizes, dp_size, distributed=distributed, apart=own)
+        for sizes, ranks, own in ((dense, copies, apart), (experts, expert_copies, None)):
+            buffer = lay_out(sizes, ranks, distributed=distributed, apart=own)
             length += buffer.length
             updated += max(buffer.updated)
     return parameters, length, updated
@@ -103,7 +103,7 @@ def _buffers(hf: HFConfig, config: Config, chunks: Sequence[Sequence[Part]], sta
 
 def _kept_logits(config: Config, parts: Parts, size: int) -> int:
     """Of a microbatch, which their gradient will overwrite (parallel/vocab_logprobs.py), with the loss's own."""
-    return parts.logits * size + config.train.micro_batch_size * config.rollout.context_length * _TOKEN_BYTES
+    return parts.logits * size + largest_microbatch(config).all_tokens * _TOKEN_BYTES
 
 
 def _working(
@@ -118,7 +118,7 @@ def _working(
     """The larger of log-probs and a weight's gradient; Megatron's schedules hold a stage's outputs beside them."""
     size = device.dtype(config.model.dtype).itemsize
     gradient = max(n for chunk in chunks for part in chunk for n in (*part.dense, *part.experts)) * size
-    tokens = config.train.micro_batch_size * config.rollout.context_length
+    tokens = largest_microbatch(config).tokens
     chunk_tokens = min(config.train.logprob_chunk_tokens, tokens)
     logprobs = chunk_tokens * parts.logits // tokens * (8 if hf.logits_softcap is None else 12) if is_last else 0
     handed_on = in_flight[:-1] if is_last else in_flight

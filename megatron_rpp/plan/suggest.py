@@ -67,13 +67,15 @@ def smallest_layout(config: Config, gpus: int, gpu_bytes: float) -> Suggestion |
 def _single_changes(config: Config) -> Iterator[dict[str, Any]]:
     parallel, per_node = config.parallel, config.slurm.gpus_per_node or GPUS_PER_NODE
     yield {"optimizer.distributed": True}
-    yield {"train.micro_batch_size": 1}
+    yield _small_microbatch(config)
     yield {"parallel.sequence": True}
     yield {"model.dtype": "bfloat16"}
     yield {"rollout.release_memory": True}
     for factor in (2, 4, 8, 16):
         yield {"parallel.pipeline": parallel.pipeline * factor}
         yield {"parallel.expert": parallel.expert * factor}
+        if config.train.micro_batch_tokens:
+            yield {"parallel.context": parallel.context * factor}
         if parallel.tensor * factor <= per_node:
             yield {"parallel.tensor": parallel.tensor * factor}
         if config.rollout.server_tensor * factor <= per_node:
@@ -82,13 +84,22 @@ def _single_changes(config: Config) -> Iterator[dict[str, Any]]:
 
 def _reliefs(config: Config, gpus: int) -> Iterator[dict[str, Any]]:
     """What may come beside a layout."""
-    small: dict[str, Any] = {"train.micro_batch_size": 1}
+    small = _small_microbatch(config)
     yield {}
-    if config.train.micro_batch_size > 1:
+    if not small.items() <= flatten(config).items():
         yield small
+    if config.train.micro_batch_tokens:
+        yield from ({**small, "parallel.context": size} for size in _powers(gpus) if size > config.parallel.context)
     if shares_gpus(config):
         per_node = min(config.slurm.gpus_per_node or GPUS_PER_NODE, gpus)
         yield {**small, "rollout.server_tensor": per_node, "rollout.release_memory": True}
+
+
+def _small_microbatch(config: Config) -> dict[str, Any]:
+    """The smallest that there is."""
+    if config.train.micro_batch_tokens:
+        return {"train.micro_batch_tokens": config.rollout.context_length}
+    return {"train.micro_batch_size": 1}
 
 
 def _layouts(config: Config, gpus: int) -> Iterator[dict[str, Any]]:

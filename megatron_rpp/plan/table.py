@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from megatron_rpp.config.layout_words import in_short
 from megatron_rpp.plan.memory import GIB, RESERVE_BYTES, Plan, StageMemory
 from megatron_rpp.plan.suggest import Suggestion
 
@@ -17,7 +18,7 @@ def text(plan: Plan, gpu_bytes: float) -> str:
     layout = plan.layout
     lines = [
         f"{plan.total_parameters:,} parameters on {plan.gpus} GPUs, {min(plan.gpus_per_node, plan.gpus)} a node: "
-        f"TP {layout.tensor} x PP {layout.pipeline} x DP {layout.data}"
+        f"{in_short(layout)}"
         + (f", EP {layout.expert} x ETP {layout.expert_tensor}" if layout.expert * layout.expert_tensor > 1 else ""),
         "",
         "GiB a GPU, on the fullest rank of each stage",

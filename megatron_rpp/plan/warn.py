@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from megatron_rpp.config.schema import Config
 from megatron_rpp.plan.memory import Plan
-from megatron_rpp.plan.stages import num_microbatches
+from megatron_rpp.plan.microbatch import num_microbatches
 
 _IMBALANCE = 1.25  # of the fullest stage to the mean of all
 
@@ -30,9 +30,10 @@ def warnings_of(plan: Plan, config: Config) -> Iterator[str]:
         )
     microbatches = num_microbatches(replace(config, parallel=layout))
     if microbatches < layout.pipeline:
+        size = "train.micro_batch_tokens" if config.train.micro_batch_tokens else "train.micro_batch_size"
         yield (
             f"{microbatches} microbatches a replica leave most of parallel.pipeline={layout.pipeline} stages idle; "
-            "lower train.micro_batch_size"
+            f"lower {size}"
         )
     if config.model.dtype == "float32":
         yield "model.dtype=float32; bfloat16 halves weights and activations, and GPUs compute it much faster"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_rpp.config.errors import ConfigError
+from megatron_rpp.config.layout_words import by_keys
 from megatron_rpp.config.schema import Config
 from megatron_rpp.parallel.launcher_variables import in_step
 from megatron_rpp.slurm.client import hostnames
@@ -62,10 +63,7 @@ def ranks_per_node(config: Config, nodes: int) -> int:
     """Trainer ranks on each of `nodes` nodes. Raises ConfigError where they do not divide, or have too few GPUs."""
     parallel, world = config.parallel, config.parallel.world_size
     if world % nodes:
-        raise ConfigError(
-            f"{nodes} trainer nodes must divide the {world} ranks of parallel.tensor={parallel.tensor} x "
-            f"parallel.pipeline={parallel.pipeline} x parallel.data={parallel.data}"
-        )
+        raise ConfigError(f"{nodes} trainer nodes must divide the {world} ranks of {by_keys(parallel)}")
     ranks, gpus = world // nodes, config.slurm.gpus_per_node
     if gpus and ranks > gpus:
         raise ConfigError(

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.fields import build, flatten
+from megatron_rpp.config.layout_words import in_short
 from megatron_rpp.config.schema import Config
 from megatron_rpp.doctor.finding import Finding, faults
 from megatron_rpp.doctor.job import Job
@@ -46,8 +47,7 @@ def check(job: Job) -> list[Finding]:
     findings = faults("layout", wrong, answers, _REMEDY)
     if job.places.job_id:
         findings += judge_allocation(job.config, job.places)
-    parallel = job.config.parallel
-    words = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {parallel.data} divides the model"
+    words = f"{in_short(job.config.parallel)} divides the model"
     return findings or [Finding("layout", "ok", words + (" and the nodes" if job.places.job_id else ""))]
 
 

@@ -154,6 +154,29 @@ def test_sequence_parallelism_saves_activations(make: Make) -> None:
     assert plain.worst.activation_bytes - split.worst.activation_bytes == pytest.approx(whole * 7 / 8, rel=0.001)
 
 
+def test_context_parallel_ranks_share_tokens_and_the_optimizer_but_no_weights(make: Make) -> None:
+    packed = {"train.micro_batch_tokens": 16384, "rollout.context_length": 8192}
+    one, two = (plan(make(LLAMA3_8B, {**packed, "parallel.context": size}), gpus=2).worst for size in (1, 2))
+    assert two.parameters == one.parameters and two.gradient_bytes == one.gradient_bytes
+    assert two.optimizer_bytes == one.optimizer_bytes, "over 1 x 2 ranks as over 2 x 1"
+    assert two.activation_bytes == pytest.approx(one.activation_bytes / 2, rel=0.001)
+    assert two.logits_bytes == pytest.approx(one.logits_bytes / 2, rel=0.001)
+
+
+def test_a_packed_microbatch_needs_what_as_many_padded_tokens_need(make: Make) -> None:
+    rows = plan(make(LLAMA3_8B, {"train.micro_batch_size": 4})).worst
+    packed = plan(make(LLAMA3_8B, {"train.micro_batch_tokens": 4 * 2048})).worst
+    assert packed.logits_bytes == rows.logits_bytes
+    assert packed.activation_bytes == pytest.approx(rows.activation_bytes, rel=0.05)  # rotated q and k are cut by slot
+
+
+def test_long_packed_sequences_that_do_not_fit_are_told_to_use_context_parallelism(make: Make) -> None:
+    config = make({**LLAMA3_8B, "max_position_embeddings": 131072},
+                  {"rollout.context_length": 131072, "train.micro_batch_tokens": 131072})  # fmt: skip
+    better = suggest(config, 32, 80 * GIB)
+    assert better is not None and better.settings.get("parallel.context", 1) > 1 and better.plan.fits(80 * GIB)
+
+
 def test_a_reference_is_counted_only_where_there_is_a_kl(make: Make) -> None:
     assert plan(make(LLAMA3_8B, {"algorithm.kl_coef": 0.0})).worst.reference_bytes == 0
 
@@ -240,6 +263,8 @@ def test_warnings_name_what_is_unwise(make: Make) -> None:
         ({"parallel.tensor": 3}, 3, "parallel.tensor=3 must divide num_attention_heads=32"),
         ({}, 3, "must be a multiple of the data-parallel size, 3"),
         ({"rollout.context_length": 9000}, 1, "max_position_embeddings=8192"),
+        ({"parallel.context": 2}, 2, "parallel.context=2 must go with train.micro_batch_tokens"),
+        ({"parallel.context": 2, "train.micro_batch_tokens": 2048}, 3, r"--gpus=3 must .* parallel.context=2 = 2"),
     ],
 )
 def test_what_cannot_be_is_an_error_that_names_the_setting(
