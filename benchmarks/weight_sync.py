@@ -58,7 +58,9 @@ def main() -> None:
     print(json.dumps({**rates, **peaks, "delta_bytes_fraction": delta_bytes_fraction(deltas), "deltas": deltas}))
 
 
-def write_llama(folder: Path, *, vocab: int, hidden: int, ffn: int, layers: int, heads: int) -> None:
+def write_llama(
+    folder: Path, *, vocab: int, hidden: int, ffn: int, layers: int, heads: int, positions: int = 256
+) -> None:
     """A random Llama in float32, weights of deviation 0.02."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -73,7 +75,7 @@ def write_llama(folder: Path, *, vocab: int, hidden: int, ffn: int, layers: int,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads // 2,
-        max_position_embeddings=256,
+        max_position_embeddings=positions,
         tie_word_embeddings=False,
         initializer_range=0.02,
         dtype="float32",

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.weight_sync_plain import PlainTransfers
+from megatron_rpp.config.deadlines import longest_wait_s
 from megatron_rpp.config.load import load_config
 from megatron_rpp.config.schema import Config
 from megatron_rpp.model.build import Model, build_model
@@ -32,7 +33,6 @@ from megatron_rpp.parallel.collectives import gather_objects
 from megatron_rpp.parallel.context import ParallelContext
 from megatron_rpp.rollout.fleet import ServerFleet
 from megatron_rpp.rollout.sglang_client import SGLangClient
-from megatron_rpp.session import longest_wait_s
 from megatron_rpp.weight_sync.build import build_engine, export_dtype
 from megatron_rpp.weight_sync.export import payload_bytes, plan_buckets
 from megatron_rpp.weight_sync.synced_engine import SyncedRolloutEngine
