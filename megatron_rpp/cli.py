@@ -1,7 +1,7 @@
 """The command `rpp`. Answers --help without importing torch.
 
-    rpp train CONFIG.toml ... [--section.key=value ...] [--resume[=auto]]
-    rpp sft CONFIG.toml ... [--section.key=value ...]
+    rpp train CONFIG.toml ... [--section.key=value ...] [--resume[=auto]] [--check]
+    rpp sft CONFIG.toml ... [--section.key=value ...] [--check]
     rpp report RUN_DIR
     rpp plan CONFIG.toml ... [--section.key=value ...] [--gpus N]
     rpp doctor CONFIG.toml ... [--section.key=value ...]

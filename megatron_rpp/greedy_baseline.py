@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_rpp.experience.types import Prompt
+from megatron_rpp.experience.types import Rollout
 from megatron_rpp.parallel.collectives import from_replica_leader
 from megatron_rpp.session import Session
 
 
-def greedy_rewards(s: Session, prompts: Sequence[Prompt]) -> list[float] | None:
-    """One value a rollout of this replica, its prompt's; None, and nothing sampled, for other estimators.
+def greedy_rewards(s: Session, rollouts: Sequence[Rollout]) -> list[float] | None:
+    """One value for each of this replica's rollouts, its prompt's; None, and nothing sampled, for other estimators.
 
     A collective over the whole job.
     """
     if s.config.algorithm.estimator != "remax":
         return None
+    prompts = {rollout.group_id: rollout.prompt for rollout in rollouts}
     with s.phase("baseline"):
-        rollouts = s.rollout_engine.generate(prompts, s.greedy())
-        rewards = from_replica_leader(s.parallel, lambda: s.reward(rollouts))
-    return [reward for reward in rewards for _ in range(s.config.algorithm.num_samples_per_prompt)]
+        greedy = s.rollout_engine.generate([*prompts.values()], s.greedy(), group_ids=[*prompts])
+        rewards = from_replica_leader(s.parallel, lambda: s.reward(greedy))
+    earned = dict(zip(prompts, rewards, strict=True))
+    return [earned[rollout.group_id] for rollout in rollouts]

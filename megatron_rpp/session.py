@@ -15,10 +15,13 @@ from megatron_rpp.checkpoint.manager import Checkpointer
 from megatron_rpp.checkpoint.rng import restore_rng
 from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.checkpoint.sharded import load_checkpoint
+from megatron_rpp.config.deadlines import longest_wait_s, phase_deadline_s
 from megatron_rpp.config.job import Resume
 from megatron_rpp.config.load import dump_toml
 from megatron_rpp.config.schema import Config
-from megatron_rpp.data.prompts import PromptSource, load_prompts
+from megatron_rpp.config.sources import held_out_sources, training_sources
+from megatron_rpp.data.prompt_source import PromptSource
+from megatron_rpp.data.prompts import load_eval_prompts, load_training_prompts
 from megatron_rpp.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_rpp.engine.advantages import ShapingState
 from megatron_rpp.engine.optimizer import Optimizer, make_trainable
@@ -35,10 +38,13 @@ from megatron_rpp.parity.monitor import ParityMonitor
 from megatron_rpp.parity.run_parts import RunParts
 from megatron_rpp.reward.build import build_reward
 from megatron_rpp.reward.protocol import Reward
+from megatron_rpp.reward.verdicts import verdict_only
 from megatron_rpp.rollout import journal
 from megatron_rpp.rollout.fleet import ServerFleet
 from megatron_rpp.rollout.protocol import SamplingParams
 from megatron_rpp.rollout.registry import Registry
+from megatron_rpp.rollout.reward_reach import open_reward_services
+from megatron_rpp.rollout.schedule.quota import quota_of
 from megatron_rpp.rollout.sglang_client import SGLangClient
 from megatron_rpp.weight_sync.build import build_engine, check_weight_sync
 from megatron_rpp.weight_sync.synced_engine import SyncedRolloutEngine
@@ -94,10 +100,10 @@ class Session:
         """One greedy response a prompt."""
         return replace(self.sampling(0), num_samples_per_prompt=1, temperature=0.0)
 
-    def save(self, step: int, *, wait: bool = False) -> None:
+    def save(self, step: int, *, wait: bool = False, replace: bool = False) -> None:
         """Write the checkpoint of the state after `step` rollout batches. A collective over the whole job.
 
-        wait: return when it is whole; otherwise checkpoint.background says.
+        wait: return when it is whole; otherwise checkpoint.background says. replace: one of that step, too.
         """
         state = RunState(
             step=step,
@@ -107,7 +113,7 @@ class Session:
             parity=self.parity.state_dict(),
             layout=asdict(self.config.parallel),
         )
-        self.checkpointer.save(self.policy, self.optimizer, state, wait=wait)
+        self.checkpointer.save(self.policy, self.optimizer, state, wait=wait, replace=replace)
 
 
 @contextmanager
@@ -128,11 +134,11 @@ def open_session(config: Config, *, resume: Resume) -> Iterator[Session]:
         hf = read_hf_config(config.model.path)
         check_vocabulary(tokenizer, hf.vocab_size, config.model.path)
         check_weight_sync(config, hf)
-        prompts, eval_prompts = _prompts(config, tokenizer)
-        prompt_source = PromptSource(prompts, config.rollout.num_prompts, config.run.seed)
-        reward = build_reward(config.reward, config.data.train)
+        prompt_source, eval_prompts = _prompt_source(config, tokenizer), load_eval_prompts(config, tokenizer)
+        services = stack.enter_context(open_reward_services(config, parallel))
+        reward = build_reward(config.reward, training_sources(config.data), services.model_urls)
         stack.callback(reward.close)
-        eval_reward = build_reward(config.reward, config.data.eval) if eval_prompts else reward
+        eval_reward = build_reward(verdict_only(config.reward), held_out_sources(config), services.model_urls)
         stack.callback(eval_reward.close)
         client = SGLangClient((), config.rollout, tokenizer.decode)
         fleet = ServerFleet(config, _registry(config, parallel)) if parallel.rank == 0 else None
@@ -148,6 +154,7 @@ def open_session(config: Config, *, resume: Resume) -> Iterator[Session]:
         first_step, shaping = state.step, ShapingState.from_dict(state.shaping)
         engine = build_engine(config, policy, fleet, client, _journal(config, parallel, resume, first_step))
         stack.callback(engine.close)
+        services.wait_ready()
         engine.wait_ready()
         engine.sync(first_step)
         parity = ParityMonitor(RunParts(config, policy, engine, client, tokenizer))
@@ -165,23 +172,6 @@ def open_session(config: Config, *, resume: Resume) -> Iterator[Session]:
         )  # fmt: skip
 
 
-def longest_wait_s(config: Config) -> float:
-    """The longest that ranks may have to wait for one that talks to a server."""
-    rollout, sync = config.rollout, config.weight_sync
-    return max(rollout.request_deadline_s, rollout.startup_deadline_s, sync.deadline_s)
-
-
-def phase_deadline_s(config: Config, name: str) -> float:
-    """The time that a phase's own deadlines give it, all tries together; 0 where it has none."""
-    rollout, tries = config.rollout, config.rollout.max_retries + 1
-    sync_s = tries * config.weight_sync.deadline_s + rollout.startup_deadline_s
-    sampling_s = tries * (rollout.request_deadline_s + sync_s)
-    responses = rollout.num_prompts * config.algorithm.num_samples_per_prompt
-    verifying_s = responses * config.reward.time_limit_s
-    own = {"rollout": sampling_s, "reward": verifying_s, "parity": sync_s, "sync": sync_s}
-    return own.get(name, 2 * (sampling_s + verifying_s) if name in ("eval", "baseline") else 0.0)
-
-
 def total_optimizer_steps(config: Config) -> int:
     """Optimizer steps of the whole run, for the learning-rate schedule."""
     responses = config.rollout.num_prompts * config.algorithm.num_samples_per_prompt
@@ -195,14 +185,16 @@ def _registry(config: Config, parallel: ParallelContext) -> Registry | None:
     return Registry(parallel.store, parallel.place.attempt, config.rollout.health_deadline_s)
 
 
-def _prompts(config: Config, tokenizer: Tokenizer) -> tuple[list[Prompt], list[Prompt]]:
-    """(training prompts, held-out prompts)."""
-    longest = config.rollout.context_length - config.rollout.max_response_tokens
-    train = load_prompts(config.data.train, config.data, tokenizer, max_prompt_tokens=longest)
-    if config.eval.interval == 0 or not config.data.eval.is_set:
-        return train, []
-    source = replace(config.data.eval, size=min(config.data.eval.size, config.eval.num_prompts))
-    return train, load_prompts(source, config.data, tokenizer, max_prompt_tokens=longest)
+def _prompt_source(config: Config, tokenizer: Tokenizer) -> PromptSource:
+    """The training prompts, mixed and ordered."""
+    return PromptSource(
+        load_training_prompts(config, tokenizer),
+        config.rollout.num_prompts,
+        config.run.seed,
+        weights={name: source.weight for name, source in config.data.sources.items()},
+        curriculum=config.data.curriculum,
+        most_drawn=quota_of(config).draws,
+    )
 
 
 @contextmanager

@@ -29,7 +29,7 @@ def step_metrics(
     values |= s.rollout_engine.last_sync.metrics() if s.rollout_engine.last_sync else {}
     times = s.timers.as_metrics()
     rate = tokens / times["time/step"]
-    return {"policy_version": float(rollouts[0].policy_version), **values, **known, **times, "tokens_per_second": rate}
+    return {"policy_version": values.pop("policy_version"), **values, **known, **times, "tokens_per_second": rate}
 
 
 def _replica_metrics(s: Session, batch: ExperienceBatch, rollouts: Sequence[Rollout]) -> Metrics:
@@ -38,12 +38,18 @@ def _replica_metrics(s: Session, batch: ExperienceBatch, rollouts: Sequence[Roll
     tokens = float(mask.sum())
     rewards = batch.rewards.double()
     metrics = Metrics()
+    for rollout in rollouts[:1]:  # a replica may have none
+        metrics.add_max("policy_version", rollout.policy_version)
     metrics.add_mean("reward/mean", float(rewards.sum()), count)
     metrics.add_mean("reward/square", float(rewards.square().sum()), count)
+    for rollout, reward in zip(rollouts, rewards.tolist(), strict=True):
+        if rollout.prompt.source:
+            metrics.add_mean(f"reward/{rollout.prompt.source}/mean", reward, 1)
     if batch.greedy_rewards is not None:
         metrics.add_mean("reward/greedy_mean", float(batch.greedy_rewards.sum()), count)
     metrics.add_mean("response/length_mean", sum(len(r.response_ids) for r in rollouts), count)
     metrics.add_mean("response/truncated_fraction", sum(r.is_truncated for r in rollouts), count)
     metrics.add_mean("entropy/mean", float(masked_sum(batch.entropy.double(), mask)), tokens)
     metrics.add_mean("tokens", tokens + sum(len(r.prompt.token_ids) for r in rollouts), 1)
+    metrics.merge(s.reward.metrics())
     return metrics

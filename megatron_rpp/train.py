@@ -1,14 +1,16 @@
 """The REINFORCE++ loop.
 
-prompts -> rollout (SGLang) -> reward -> collate -> score (policy and reference log-probs)
+prompts -> rollout (SGLang) -> reward -> balance -> collate -> score (policy and reference log-probs)
         -> advantages (global) -> train step(s) -> weight sync -> next prompts
 """
 
 from __future__ import annotations
 
+from megatron_rpp.collect import collect
 from megatron_rpp.config.job import Resume
 from megatron_rpp.config.schema import Config
 from megatron_rpp.engine.advantages import add_advantages
+from megatron_rpp.engine.balance import ReplicaShare, balance
 from megatron_rpp.engine.score import score
 from megatron_rpp.engine.train_step import train_step
 from megatron_rpp.evaluate import evaluate
@@ -42,18 +44,29 @@ def train_on_one_batch(s: Session, step: int) -> None:
     evals = evaluate(s) if step == 0 else {}
     s.checkpointer.poll()
     with s.timers("step"):
-        prompts = s.prompt_source.next_batch()
         with s.phase("rollout"):
-            rollouts = s.rollout_engine.generate(prompts, s.sampling(step), s.reporter.progress)
-        with s.phase("reward"):
-            rewards = from_replica_leader(s.parallel, lambda: s.reward(rollouts))
-        baselines = greedy_rewards(s, prompts)
+            collected = collect(s, step)
+        rollouts, rewards = collected.rollouts, collected.rewards
+        if rewards is None:
+            with s.phase("reward"):
+                rewards = from_replica_leader(s.parallel, lambda: s.reward(rollouts))
+        baselines = greedy_rewards(s, rollouts)
         s.rollout_engine.release_memory()
-        batch = collate(rollouts, rewards, baselines, pad_token_id=s.tokenizer.pad_token_id, device=s.parallel.device)
+        with s.phase("balance"):
+            sampled = ReplicaShare(rollouts, rewards, baselines)
+            share, balance_stats = balance(sampled, s.config, s.policy.hf, s.parallel)
+        batch = collate(
+            share.rollouts,
+            share.rewards,
+            share.greedy_rewards,
+            minibatch_ids=share.minibatch_ids,
+            pad_token_id=s.tokenizer.pad_token_id,
+            device=s.parallel.device,
+        )
         with s.phase("score"):
             batch = score(batch, s.policy, s.reference, s.config)
         with s.phase("parity"):
-            parity = s.parity.check(step, batch, rollouts)
+            parity = s.parity.check(step, batch, share.rollouts)
         batch, s.shaping, advantage_stats = add_advantages(batch, s.config, s.parallel, s.shaping)
         with s.phase("train"):
             train_stats = train_step(s.policy, s.optimizer, batch, parity.config)
@@ -61,9 +74,10 @@ def train_on_one_batch(s: Session, step: int) -> None:
             s.rollout_engine.sync(policy_version=step + 1)
     if is_due(step, s.config.eval.interval, s.config.run.steps):
         evals = evals or evaluate(s)
-    metrics = step_metrics(s, batch, rollouts, {**parity.metrics, **advantage_stats, **train_stats, **evals})
+    known = {**collected.metrics, **balance_stats, **parity.metrics, **advantage_stats, **train_stats, **evals}
+    metrics = step_metrics(s, batch, share.rollouts, known)
     s.checkpointer.check_fence()
-    s.reporter.step(step, metrics, rollouts, rewards)
+    s.reporter.step(step, metrics, share.rollouts, share.rewards, collected.skipped)
     if is_due(step, s.config.checkpoint.interval, s.config.run.steps):
         s.save(step + 1)  # after its metrics, which a resumed run does not write again
 

@@ -57,12 +57,13 @@ def new_partial(final: Path) -> Path:
 
 
 def put_in_place(partial: Path, final: Path) -> None:
-    """Give the whole `partial` its name. What is damaged under that name goes away."""
+    """Give the whole `partial` its name. What had that name goes away."""
     sync_path(partial)
-    if final.exists():
-        _remove(final)
+    old = final.rename(_beside(final, "deleting")) if final.exists() else None
     partial.rename(final)
     sync_path(final.parent)
+    if old is not None:
+        _remove(old)
 
 
 def set_aside(folder: Path) -> None:

@@ -72,14 +72,16 @@ class Checkpointer:
         """Before anything else of the run directory is replaced. Raises TakenOver on every rank."""
         on_rank_0(lambda: self._fence.check() if self._fence else None, expect=TakenOver, raises=TakenOver)
 
-    def save(self, policy: Model, optimizer: Optimizer, state: RunState, *, wait: bool = False) -> None:
+    def save(
+        self, policy: Model, optimizer: Optimizer, state: RunState, *, wait: bool = False, replace: bool = False
+    ) -> None:
         """Start the checkpoint of `state.step`, after the one before is whole; a whole one of that step is left as is.
 
-        wait: return when it is whole, as without checkpoint.background.
+        wait: return when it is whole, as without checkpoint.background. replace: also where that step has one.
         """
         self.wait()
         final, background = step_folder(self._run_dir, state.step), self._config.background and not wait
-        if gather_objects(final.is_dir() and not damage(final, read=False))[0]:
+        if not replace and gather_objects(final.is_dir() and not damage(final, read=False))[0]:
             return
         folder = self._start(final)
         snapshot = take_snapshot(sharded_state(policy, optimizer, is_loading=False), copy=background)

@@ -7,13 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_rpp.commands.train import check_lines
+from megatron_rpp.commands.train import check_run
 from megatron_rpp.commands.words import answer_help, split
 from megatron_rpp.config.errors import ConfigError
+from megatron_rpp.config.layout_words import in_short
 from megatron_rpp.config.load import load_config
 from megatron_rpp.config.preflight import make_folders
 from megatron_rpp.config.schema import Config
-from megatron_rpp.config.validate import validate
 from megatron_rpp.slurm import client
 from megatron_rpp.slurm.allocation import ranks_per_node
 from megatron_rpp.slurm.script import render
@@ -58,11 +58,7 @@ def run(words: Sequence[str]) -> int:
 
 def check(config: Config, nodes: int) -> None:
     """The configuration can run, and fits the allocation. Raises ValueError."""
-    validate(config, "train")
-    from megatron_rpp.model.checks import check_model  # imports torch
-
-    check_model(config, "train")
-    check_lines(config, "train")
+    check_run(config, "train")
     trainer_nodes = nodes - config.slurm.rollout_nodes
     if trainer_nodes < 1:
         raise ConfigError(f"--nodes {nodes} must be above slurm.rollout_nodes={config.slurm.rollout_nodes}")
@@ -73,12 +69,12 @@ def check(config: Config, nodes: int) -> None:
 
 def describe(config: Config, nodes: int) -> str:
     """Who runs where, in words."""
-    slurm, parallel, world = config.slurm, config.parallel, config.parallel.world_size
+    slurm, world = config.slurm, config.parallel.world_size
     trainer_nodes = nodes - slurm.rollout_nodes
     kind = f" with {slurm.gpus_per_node} GPUs each" if slurm.gpus_per_node else ""
     places = f"{slurm.rollout_nodes} more nodes" if slurm.rollout_nodes else "the same nodes"
     return (
-        f"{trainer_nodes} trainer nodes{kind}: TP {parallel.tensor} x PP {parallel.pipeline} x DP {parallel.data} = "
+        f"{trainer_nodes} trainer nodes{kind}: {in_short(config.parallel)} = "
         f"{world} ranks, {world // trainer_nodes} on each\n"
         f"{slurm.servers_per_node} SGLang servers (TP {config.rollout.server_tensor}) on each of {places}"
     )

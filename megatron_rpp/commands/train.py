@@ -12,15 +12,20 @@ from megatron_rpp.commands.messages import error_line, user_error
 from megatron_rpp.commands.words import split
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.job import Resume
+from megatron_rpp.config.layout_words import by_keys, in_short
 from megatron_rpp.config.load import describe, load_config
 from megatron_rpp.config.preflight import check_host, make_folders
+from megatron_rpp.config.reward_checks import spawns_reward_model
 from megatron_rpp.config.schema import Config
-from megatron_rpp.config.validate import template_names, validate
+from megatron_rpp.config.sources import held_out_sources, is_verified, training_sources
+from megatron_rpp.config.templates import template_names
+from megatron_rpp.config.validate import validate
 from megatron_rpp.parallel.environment import JobPlace, find_rank
 from megatron_rpp.parallel.exit_codes import ERROR_PREFIX, INTERRUPTED
 from megatron_rpp.parallel.local_launch import launch_local
 
-_CLEAR_ERRORS = {"RolloutError", "WeightSyncError", "ParityError", "TakenOver"}  # by name: most modules import torch
+# By name: most of their modules import torch.
+_CLEAR_ERRORS = {"RolloutError", "RewardError", "WeightSyncError", "ParityError", "TakenOver"}
 
 
 @dataclass(frozen=True)
@@ -31,25 +36,31 @@ class Arguments:
     files: tuple[str, ...]
     overrides: tuple[str, ...]
     resume: Resume
+    check: bool = False
 
 
 def parse(words: Sequence[str]) -> Arguments:
-    """`train` or `sft`, its files, its overrides and --resume or --resume=auto. Raises ConfigError, HelpAsked."""
+    """`train` or `sft`, its files, its overrides, --check, --resume or --resume=auto. Raises ConfigError, HelpAsked."""
     command = cast(Literal["train", "sft"], words[0])
-    given = split(words[1:], _usage(command), flags=("--resume", "--resume=auto"))
+    given = split(words[1:], _usage(command), flags=("--resume", "--resume=auto", "--check"))
+    resuming = [option for option in given.options if option != "--check"]
     unknown = [word for word in given.overrides if word.startswith("--resume=")]
-    if command == "sft" and (given.options or unknown):
+    if command == "sft" and (resuming or unknown):
         raise ConfigError("--resume is for `rpp train`; `rpp sft` starts over")
     if unknown:
         choice = "write --resume to continue a run, or --resume=auto to start it where there is none"
         raise ConfigError(f"{unknown[0]}: {choice}")
-    resume: Resume = "auto" if "--resume=auto" in given.options else "yes" if given.options else "no"
-    return Arguments(command, given.files, given.overrides, resume)
+    resume: Resume = "auto" if "--resume=auto" in resuming else "yes" if resuming else "no"
+    return Arguments(command, given.files, given.overrides, resume, check="--check" in given.options)
 
 
 def run(words: Sequence[str]) -> int:
     arguments = parse(words)
     config = load_config(arguments.files, arguments.overrides)
+    if arguments.check:
+        check_run(config, arguments.command)
+        sys.stdout.write(f"ok: {_checked(config, arguments.command)}\n")
+        return 0
     world_size = config.parallel.world_size
     place = find_rank(world_size)
     if place is not None:
@@ -62,26 +73,48 @@ def run(words: Sequence[str]) -> int:
 
 def _check(arguments: Arguments, config: Config, rank: int) -> None:
     """All that can be told before anything is built. Raises ValueError."""
-    validate(config, arguments.command)
-    from megatron_rpp.model.checks import check_model  # imports torch
-
-    check_model(config, arguments.command)
+    _check_model(config, arguments.command)
     if arguments.command == "train" and rank == 0:  # the server and the metrics are rank 0's
         check_host(config, resume=arguments.resume != "no")
 
 
-def check_lines(config: Config, command: str) -> None:
-    """Every line of every JSONL source. Raises ValueError with the number of the line."""
-    from megatron_rpp.data.jsonl import check_jsonl
+def _check_model(config: Config, command: Literal["train", "sft"]) -> None:
+    validate(config, command)
+    from megatron_rpp.model.checks import check_model  # imports torch
 
-    keys = template_names(config.data.prompt_template)
+    check_model(config, command)
+
+
+def check_run(config: Config, command: Literal["train", "sft"]) -> None:
+    """All that needs neither ranks nor this host: configuration, model and data. Raises ValueError."""
+    _check_model(config, command)
+    check_lines(config, command)
+
+
+def _checked(config: Config, command: str) -> str:
+    """What `check_run` has looked at, in words."""
     if command == "sft":
-        check_jsonl(config.sft.data, [*keys, ("response", "answer")])
+        return f"configuration, model {config.sft.init}, demonstrations {config.sft.data}"
+    named = {**training_sources(config.data), **held_out_sources(config)}
+    sets = ", ".join(source.path or source.task for source in named.values())
+    return f"configuration, model {config.model.path} ({in_short(config.parallel)}), data {sets}; nothing was started"
+
+
+def check_lines(config: Config, command: str) -> None:
+    """Every line of JSONL sources, the columns of tables, the first problem of others. Raises ValueError with the
+    line's number."""
+    if command == "sft":
+        from megatron_rpp.data.jsonl import check_jsonl
+
+        check_jsonl(config.sft.data, [*template_names(config.data.prompt_template), ("response", "answer")])
         return
-    evaluates = config.data.eval.is_set and config.eval.interval
-    for source in (config.data.train, config.data.eval) if evaluates else (config.data.train,):
-        if source.kind == "jsonl":
-            check_jsonl(source.path, [*keys, "answer"], limit=source.size)
+    from megatron_rpp.data.preflight import check_problems
+
+    data, is_ordered = config.data, config.data.curriculum == "easy_first"
+    for source in training_sources(data).values():
+        check_problems(source, data, needs_answer=is_verified(config, source), needs_pass_rate=is_ordered)
+    for source in held_out_sources(config).values():
+        check_problems(source, data, needs_answer=is_verified(config, source), needs_pass_rate=False)
 
 
 def _run_rank(arguments: Arguments, config: Config, place: JobPlace) -> int:
@@ -131,17 +164,20 @@ def _failed(run_dir: str, place: JobPlace, error: Exception) -> int:
 
 
 def _check_world_size(config: Config, place: JobPlace) -> None:
-    tensor, pipeline, data = config.parallel.tensor, config.parallel.pipeline, config.parallel.data
     if place.world_size != config.parallel.world_size:
-        raise ConfigError(
-            f"parallel.tensor={tensor} x parallel.pipeline={pipeline} x parallel.data={data} must equal "
-            f"the number of ranks in the job, {place.world_size}"
-        )
+        ranks = f"the number of ranks in the job, {place.world_size}"
+        raise ConfigError(f"{by_keys(config.parallel)} must equal {ranks}")
     if place.local_world_size != place.world_size and config.rollout.spawns_servers:
         raise ConfigError(
             "rollout.urls is not set, and the servers that rank 0 would spawn are out of reach for the job's other "
             "hosts; start SGLang servers and pass their addresses in rollout.urls, or start them with `rpp serve` and "
             "set rollout.registry=true"
+        )
+    if place.local_world_size != place.world_size and spawns_reward_model(config):
+        raise ConfigError(
+            "reward.model_urls is not set, and the reward model's server that rank 0 would start is out of reach for "
+            "the job's other hosts; start sglang.launch_server --is-embedding with reward.model_path on a host that "
+            "all reach, and pass its address in reward.model_urls"
         )
 
 
@@ -159,10 +195,12 @@ def _call(arguments: Arguments, config: Config) -> int:
 
 def _usage(command: str) -> str:
     own = " [--resume[=auto]]" if command == "train" else ""
-    lines = [f"rpp {command} CONFIG.toml ... [--section.key=value ...]{own}", ""]
+    lines = [f"rpp {command} CONFIG.toml ... [--section.key=value ...]{own} [--check]", ""]
+    lines += ["  --check         look at configuration, model and data, say ok or what to change, and start nothing"]
     if own:
         lines += ["  --resume        from the newest complete checkpoint of run.dir"]
-        lines += ["  --resume=auto   the same, or from the start where run.dir holds no run", ""]
+        lines += ["  --resume=auto   the same, or from the start where run.dir holds no run"]
+    lines += [""]
     for key, kind, default, doc in describe():
         lines += [f"  --{key}=<{kind}>   default: {default!r}", f"      {doc}"]
     return "\n".join(lines) + "\n"

@@ -1,69 +1,74 @@
-"""Settings of the objective that contradict one another, or that nothing would read."""
+"""The section `algorithm`."""
 
 from __future__ import annotations
 
-from megatron_rpp.config.errors import ConfigError
-from megatron_rpp.config.presets import GROUP_ESTIMATORS
-from megatron_rpp.config.schema import AlgorithmConfig, Config
+from dataclasses import dataclass
 
 
-def check_algorithm(config: Config) -> None:
-    """Raises ConfigError for the first combination of `[algorithm]` and `[reward]` that cannot be meant."""
-    _check_groups(config)
-    _check_kl(config.algorithm)
-    _check_returns(config.algorithm)
-    _check_shaping(config)
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """Advantages and policy loss. The defaults are the preset `paper`; see docs/algorithm.md for all of them."""
 
+    preset: str = "paper"
+    """Named settings for every key below but num_samples_per_prompt; keys set beside it win, earlier files do not."""
+    num_samples_per_prompt: int = 4
+    """Responses sampled for each prompt."""
 
-def _check_groups(config: Config) -> None:
-    samples, estimator = config.algorithm.num_samples_per_prompt, config.algorithm.estimator
-    if samples >= 2:
-        return
-    if estimator in GROUP_ESTIMATORS:
-        raise ConfigError(
-            f"algorithm.num_samples_per_prompt={samples} must be at least 2 for algorithm.estimator={estimator}, "
-            "whose baseline is the other responses to a prompt"
-        )
-    if config.reward.normalization == "group":
-        raise ConfigError(
-            f"algorithm.num_samples_per_prompt={samples} must be at least 2 for reward.normalization=group"
-        )
+    estimator: str = "reinforce_pp"
+    """reinforce_pp, reinforce_pp_baseline (both normalized globally), grpo, dr_grpo, rloo or remax."""
+    kl_placement: str = "to_go"
+    """Where the KL enters the reward: to_go (return), folded (response's score), instant (own token), none."""
+    kl_coef: float = 0.001
+    """beta: weight of the KL penalty in the reward (the paper: 0.001 math, 0.01 general)."""
+    kl_estimator: str = "k1"
+    """Per-token KL estimator in the reward: k1, k2 or k3."""
+    kl_clamp: float = 10.0
+    """The log-ratio is clamped to +- this before a KL estimate, in reward and loss; 0: not."""
+    kl_output_clamp: float = 0.0
+    """A KL estimate is clamped to +- this, in reward and loss; 0: not."""
+    kl_target: float = 0.0
+    """Adaptive controller (arXiv 1909.08593): kl_coef moves until the metric kl/mean is this; 0: fixed."""
+    kl_horizon: int = 10_000
+    """Responses over which the adaptive controller corrects an error."""
+    gamma: float = 1.0
+    """Discount of the return from one response token to the next (reinforce_pp)."""
+    gamma_skips_masked: bool = True
+    """Tokens outside loss_mask, inside a response, do not discount."""
+    reward_clip: float = 0.0
+    """A response's score is clamped to +- this, after the baseline; 0: not."""
+    lone_sample: str = "zero"
+    """Score of a response that is alone in its group, where there is a group baseline: zero or raw."""
+    variance_ddof: int = 0
+    """Global normalization divides squares by tokens minus this: 0 (population) or 1 (Bessel)."""
+    variance_floor: str = "clamp"
+    """Under the root of the global normalization: clamp, max(variance, 1e-8), or add, variance + 1e-8."""
 
+    clip_eps_low: float = 0.2
+    """PPO clip: the ratio is cut below 1 - clip_eps_low."""
+    clip_eps_high: float = 0.2
+    """PPO clip: the ratio is cut above 1 + clip_eps_high."""
+    dual_clip: float = 0.0
+    """The loss of a token with negative advantage is at most this times |A| (arXiv 1912.09729); 0: unbounded."""
+    log_ratio_clamp: float = 20.0
+    """The log-ratio is clamped to +- this before exp; 0: not."""
+    loss_aggregation: str = "token_mean"
+    """token_mean, sequence_mean (of token means), or constant (token sum over responses x loss_constant)."""
+    loss_constant: int = 0
+    """Tokens that aggregation `constant` divides a response's sum by; 0: rollout.max_response_tokens."""
+    kl_loss_coef: float = 0.0
+    """Weight of a separate KL loss against the reference."""
+    kl_loss_estimator: str = "k2"
+    """Estimator of the KL loss: k2 or k3."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    importance_correction: str = "off"
+    """Weights for sampler against trainer probabilities: off, truncated, masked or sequence_masked."""
+    importance_low: float = 0.5
+    """masked drops tokens, sequence_masked responses, whose weight is below this."""
+    importance_high: float = 2.0
+    """truncated and sequence_masked cap weights at this; masked drops tokens, sequence_masked responses, above it."""
 
-def _check_kl(algorithm: AlgorithmConfig) -> None:
-    if algorithm.kl_placement == "none" and algorithm.kl_coef:
-        raise ConfigError(
-            f"algorithm.kl_coef={algorithm.kl_coef} has no effect with algorithm.kl_placement=none; set "
-            "algorithm.kl_loss_coef for a KL loss, or algorithm.kl_placement for a KL in the reward"
-        )
-    if algorithm.kl_target and not algorithm.kl_coef:
-        raise ConfigError(
-            f"algorithm.kl_target={algorithm.kl_target} must go with algorithm.kl_coef above 0, its start value"
-        )
-
-
-def _check_returns(algorithm: AlgorithmConfig) -> None:
-    estimator, placement = algorithm.estimator, algorithm.kl_placement
-    if algorithm.gamma != 1 and (estimator != "reinforce_pp" or placement == "instant"):
-        raise ConfigError(
-            f"algorithm.gamma={algorithm.gamma} must be 1 for algorithm.estimator={estimator} with "
-            f"algorithm.kl_placement={placement}: a response's score is given to each of its tokens"
-        )
-    if algorithm.loss_constant and algorithm.loss_aggregation != "constant":
-        raise ConfigError(
-            f"algorithm.loss_constant={algorithm.loss_constant} must go with algorithm.loss_aggregation=constant"
-        )
-
-
-def _check_shaping(config: Config) -> None:
-    reward, longest = config.reward, config.rollout.max_response_tokens
-    if reward.overlong_buffer_tokens > longest:
-        raise ConfigError(
-            f"reward.overlong_buffer_tokens={reward.overlong_buffer_tokens} must be at most "
-            f"rollout.max_response_tokens={longest}"
-        )
-    if config.algorithm.estimator == "remax" and (reward.overlong_buffer_tokens or reward.normalization != "none"):
-        raise ConfigError(
-            "algorithm.estimator=remax must go with reward.overlong_buffer_tokens=0 and reward.normalization=none: "
-            "its greedy baseline is a reward as it comes"
-        )
+    @property
+    def uses_reference(self) -> bool:
+        """Whether a KL is in the reward or in the loss; else no reference model is built."""
+        return bool(self.kl_coef or self.kl_loss_coef)

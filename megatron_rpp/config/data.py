@@ -11,15 +11,17 @@ class SourceConfig:
     """One source of prompts."""
 
     kind: str = "jsonl"
-    """jsonl (one object a line with `prompt` and `answer`), parquet, huggingface (saved to disk), reasoning_gym."""
+    """jsonl (one object a line), parquet, huggingface (`datasets` saved to disk) or reasoning_gym."""
     path: str = ""
-    """File of a jsonl source, file or folder of a parquet one, folder of `Dataset.save_to_disk`."""
+    """File (jsonl); file, folder or pattern such as DIR/train-*.parquet; folder of `Dataset.save_to_disk`."""
     split: str = ""
     """Of a huggingface source with several splits: the one to read."""
+    prompt_template: str = ""
+    """Of this source's prompts; empty: data.prompt_template."""
     answer_key: str = "answer"
     """Key of the right answer; dotted for one in a nested table, such as reward_model.ground_truth."""
     weight: float = 0.0
-    """Share of the prompts that come from this source, of data.sources; 0: by its size."""
+    """Of data.sources: this source's share of the prompts, relative to the others'. All 0: by their sizes."""
     reward: str = ""
     """Kind of reward of this source's prompts; empty: reward.kind."""
     pass_rate_key: str = "pass_rate"
@@ -33,7 +35,7 @@ class SourceConfig:
     task_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the reasoning_gym task."""
     size: int = 25_000
-    """Problems to generate (reasoning_gym) or the most to read (other kinds)."""
+    """Problems to generate (reasoning_gym) or the most to take, from the first on (other kinds)."""
     seed: int = 0
     """Seed of a reasoning_gym source; give train and eval different ones."""
 
@@ -42,25 +44,30 @@ class SourceConfig:
         """Whether anything of it has been set, complete or not."""
         return bool(self.path or self.task) or self.kind != "jsonl"
 
+    @property
+    def is_filtered(self) -> bool:
+        """Whether problems are left out by their known pass rate."""
+        return self.min_pass_rate > 0 or self.max_pass_rate < 1
+
 
 @dataclass(frozen=True)
 class DataConfig:
     """Prompts for training and evaluation."""
 
     train: SourceConfig = field(default_factory=SourceConfig)
-    """Training prompts."""
+    """Training prompts, of one source; instead of data.sources."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    """Named training sources that are mixed by weight, instead of data.train: data.sources.NAME.path and so on."""
+    """Training prompts of several sources, mixed by weight: data.sources.NAME.path and so on; instead of data.train."""
     curriculum: str = "none"
     """Order of the prompts in an epoch: none (shuffled) or easy_first (by falling pass rate)."""
     eval: SourceConfig = field(default_factory=SourceConfig)
-    """Held-out prompts; without a path or a task nothing is evaluated."""
+    """A held-out set, beside those of data.evals; without a path or a task there is none of this name."""
     evals: dict[str, SourceConfig] = field(default_factory=dict)
-    """More held-out sets, by name: data.evals.NAME.path and so on; metrics are eval/NAME/..."""
+    """Held-out sets by name, beside data.eval: data.evals.NAME.path and so on; metrics are eval/NAME/..."""
     prompt_template: str = "{prompt}"
-    """Text of a prompt; names in braces are keys of the JSONL object or of the reasoning-gym entry."""
+    """Text of a prompt, or of a conversation's last turn; names in braces are keys of the record (docs/data.md)."""
     chat_template: bool = False
-    """Wrap the prompt as a user turn in the tokenizer's chat template."""
+    """Wrap the prompt as a user turn, or the conversation as it is, in the tokenizer's chat template."""
 
 
 @dataclass(frozen=True)
@@ -73,5 +80,5 @@ class EvalConfig:
     """Prompts of one evaluation, of each set."""
     samples: int = 1
     """Responses sampled to each prompt, for pass@k and maj@k."""
-    pass_at: tuple[str, ...] = ()
-    """The k of pass@k and maj@k; empty: 1 and eval.samples."""
+    pass_at: tuple[int, ...] = ()
+    """The k of pass@k and maj@k, at most eval.samples; empty: eval.samples alone, where it is above 1."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 from megatron_rpp.config.errors import ConfigError
-from megatron_rpp.config.fields import build, fields
+from megatron_rpp.config.fields import NAME, build, canonical, fields, name_in
 from megatron_rpp.config.presets import preset_values
 from megatron_rpp.config.schema import Config
 from megatron_rpp.config.toml_text import dump_toml
@@ -51,7 +52,7 @@ def describe() -> list[tuple[str, str, Any, str]]:
 def type_name(kind: Any) -> str:
     """The type as a user writes it."""
     if get_origin(kind) is tuple:
-        return "list of str"
+        return f"list of {get_args(kind)[0].__name__}"
     return "table" if get_origin(kind) is dict else str(kind.__name__)
 
 
@@ -68,18 +69,20 @@ def _leaves(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     """(dotted key, value); a table is descended into unless it is a table-valued setting."""
     for name, value in table.items():
         key = prefix + name
-        if isinstance(value, dict) and value and key not in fields():
+        if isinstance(value, dict) and value and canonical(key) not in fields():
             yield from _leaves(value, key + ".")
         elif not (value == {} and _is_section(key)):
             yield key, value
 
 
 def _is_section(key: str) -> bool:
-    return any(known.startswith(key + ".") for known in fields())
+    return any(known.startswith(canonical(key) + ".") for known in fields())
 
 
 def _require_known(key: str, origin: str) -> None:
-    if key in fields():
+    if (name := name_in(key)) and not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ConfigError(f"{key} in {origin}: the name {name!r} must be of letters, digits, _ and - only")
+    if canonical(key) in fields():
         return
     if _is_section(key):
         raise ConfigError(f"{key} in {origin} is a section; set one of its keys, such as {_first_key(key)}")
@@ -87,22 +90,26 @@ def _require_known(key: str, origin: str) -> None:
 
 
 def _first_key(section: str) -> str:
-    return next(known for known in fields() if known.startswith(section + "."))
+    first = next(known for known in fields() if known.startswith(canonical(section) + "."))
+    return first.replace(NAME, name_in(section) or NAME)
 
 
 def _suggestion(key: str) -> str:
     """The setting that was most likely meant: the same name in another section, else the nearest spelling."""
-    same_name = [known for known in fields() if known.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    near = difflib.get_close_matches(key, same_name or list(fields()), n=1, cutoff=0.0 if same_name else 0.6)
-    return f"did you mean {near[0]}?" if near else "`rpp train --help` lists every key"
+    wanted = canonical(key)
+    same_name = [known for known in fields() if known.rsplit(".", 1)[-1] == wanted.rsplit(".", 1)[-1]]
+    near = difflib.get_close_matches(wanted, same_name or list(fields()), n=1, cutoff=0.0 if same_name else 0.6)
+    if not near:
+        return "`rpp train --help` lists every key"
+    return f"did you mean {near[0].replace(NAME, name_in(key) or NAME)}?"
 
 
 def _checked(key: str, value: Any, origin: str) -> Any:
     """`value` from TOML as the setting's type. Only int -> float and list -> tuple are converted."""
     _require_known(key, origin)
-    kind = fields()[key].type
+    kind = fields()[canonical(key)].type
     if get_origin(kind) is tuple:
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        if isinstance(value, list) and all(type(item) is get_args(kind)[0] for item in value):
             return tuple(value)
     elif get_origin(kind) is dict:
         if isinstance(value, dict):
@@ -120,7 +127,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
     if not name.startswith("--") or not equals:
         raise ConfigError(f"cannot read the argument {text!r}; settings are written --section.key=value")
     _require_known(key, COMMAND_LINE)
-    kind = fields()[key].type
+    kind = fields()[canonical(key)].type
     try:
         return key, _checked(key, _parse_value(value, kind), COMMAND_LINE)
     except ValueError as error:
@@ -134,5 +141,5 @@ def _parse_value(text: str, kind: Any) -> Any:
     if kind in (int, float, str):
         return kind(text)
     if get_origin(kind) is tuple and not text.startswith("["):
-        return [item.strip() for item in text.split(",") if item.strip()]
+        return [get_args(kind)[0](item.strip()) for item in text.split(",") if item.strip()]
     return tomllib.loads(f"value = {text}")["value"]

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rpp.config.errors import ConfigError
-from megatron_rpp.config.fields import fields
+from megatron_rpp.config.fields import canonical, fields
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
+_TRAINING = ("data.train", "data.sources.NAME")
+_HELD_OUT = ("data.eval", "data.evals.NAME")
+_SOURCES = _TRAINING + _HELD_OUT
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
@@ -25,9 +28,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "algorithm.kl_loss_estimator": ("k2", "k3"),
     "algorithm.importance_correction": ("off", "truncated", "masked", "sequence_masked"),
     "reward.normalization": ("none", "group", "running"),
-    "reward.kind": ("math_answer", "reasoning_gym"),
-    "data.train.kind": ("jsonl", "reasoning_gym"),
-    "data.eval.kind": ("jsonl", "reasoning_gym"),
+    "reward.format": ("none", "boxed", "think", "pattern"),
+    "reward.kind": ("math_answer", "reasoning_gym", "model", "remote", "function"),
+    **{f"{source}.kind": ("jsonl", "parquet", "huggingface", "reasoning_gym") for source in _SOURCES},
+    "data.curriculum": ("none", "easy_first"),
     "optimizer.lr_schedule": LR_SCHEDULES,
     "sft.lr_schedule": LR_SCHEDULES,
     "weight_sync.transports": ("broadcast", "disk", "ipc", "delta"),
@@ -67,6 +71,7 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "parallel.tensor",
         "parallel.pipeline",
         "parallel.virtual_pipeline",
+        "parallel.context",
         "parallel.data",
         "parallel.expert",
         "parallel.expert_tensor",
@@ -79,9 +84,13 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "rollout.server_tensor",
         "rollout.max_total_tokens",
         "rollout.max_concurrent_requests",
+        "schedule.over_sampling",
+        "schedule.max_draws",
         "train.batch_size",
         "train.micro_batch_size",
         "train.logprob_chunk_tokens",
+        "reward.memory_limit_mb",
+        "reward.workers",
         "weight_sync.bucket_mb",
         "weight_sync.delta_full_every",
         "parity.responses",
@@ -91,15 +100,17 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "slurm.max_tries",
         "sft.steps",
         "sft.batch_size",
-        "data.train.size",
+        "eval.samples",
+        "eval.pass_at",
+        *(f"{source}.size" for source in _TRAINING),
     ),
     NOT_NEGATIVE: (
         "run.seed",
+        "train.micro_batch_tokens",
         "parallel.first_stage_layers",
         "parallel.last_stage_layers",
-        "data.train.seed",
-        "data.eval.seed",
-        "data.eval.size",
+        *(f"{source}.{key}" for source in _SOURCES for key in ("seed", "weight")),
+        *(f"{source}.size" for source in _HELD_OUT),
         "algorithm.kl_coef",
         "algorithm.kl_clamp",
         "algorithm.kl_output_clamp",
@@ -112,8 +123,12 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "algorithm.entropy_coef",
         "reward.overlong_buffer_tokens",
         "reward.overlong_penalty",
+        "reward.max_retries",
         "rollout.max_retries",
         "rollout.restart_backoff_s",
+        "schedule.max_deferrals",
+        "schedule.time_budget_s",
+        "schedule.token_budget",
         "parity.warn",
         "parity.correct",
         "parity.stop",
@@ -138,6 +153,8 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "rollout.request_deadline_s",
         "rollout.health_deadline_s",
         "reward.time_limit_s",
+        "reward.batch_time_limit_s",
+        "reward.request_deadline_s",
         "optimizer.adam_eps",
         "weight_sync.deadline_s",
         "watchdog.heartbeat_deadline_s",
@@ -145,7 +162,11 @@ RANGES: dict[Range, tuple[str, ...]] = {
     ),
     ZERO_OR_ONE: ("algorithm.variance_ddof",),
     ZERO_OR_ABOVE_1: ("algorithm.dual_clip",),
-    FRACTION: ("algorithm.gamma", "algorithm.importance_low"),
+    FRACTION: (
+        "algorithm.gamma",
+        "algorithm.importance_low",
+        *(f"{source}.{key}" for source in _SOURCES for key in ("min_pass_rate", "max_pass_rate")),
+    ),
     BELOW_1: ("algorithm.clip_eps_low", "optimizer.adam_beta1", "optimizer.adam_beta2"),
     NONZERO_FRACTION: ("rollout.top_p",),
     PORT: ("rollout.port",),
@@ -158,13 +179,14 @@ _RANGE_OF = {key: wanted for wanted, keys in RANGES.items() for key in keys}
 def check_ranges(values: Mapping[str, Any]) -> None:
     """Every setting, by dotted key, is one of its choices or within its range. Raises ConfigError."""
     for key, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{key}={value} must be a finite number")
+        known = canonical(key)
         for each in value if isinstance(value, tuple) else (value,):
-            if key in CHOICES and each not in CHOICES[key]:
-                raise ConfigError(f"{key}={each} must be one of: {', '.join(CHOICES[key])}")
-        if key in _RANGE_OF and not _RANGE_OF[key].holds(value):
-            raise ConfigError(f"{key}={value} must be {_RANGE_OF[key].words}")
+            if isinstance(each, float) and not math.isfinite(each):
+                raise ConfigError(f"{key}={each} must be a finite number")
+            if known in CHOICES and each not in CHOICES[known]:
+                raise ConfigError(f"{key}={each} must be one of: {', '.join(CHOICES[known])}")
+            if known in _RANGE_OF and not _RANGE_OF[known].holds(each):
+                raise ConfigError(f"{key}={each} must be {_RANGE_OF[known].words}")
 
 
 def unchecked_numbers() -> list[str]:

@@ -16,11 +16,11 @@ class RewardConfig:
     wrong: float = 0.0
     """Reward of a wrong answer."""
     time_limit_s: float = 5.0
-    """Limit for verifying one answer; past it the answer counts as wrong."""
+    """Processor time for verifying one answer; past it, or past 4 times as long by the clock, it counts as wrong."""
     batch_time_limit_s: float = 300.0
     """Limit for verifying the answers of one call together; those still open count as wrong, and are reported."""
     memory_limit_mb: int = 4096
-    """Memory of a process that verifies answers; an answer that needs more counts as wrong."""
+    """Memory that a process may take to verify answers; an answer that needs more counts as wrong."""
     workers: int = 4
     """Processes of each replica that verify answers."""
     function: str = ""
@@ -34,13 +34,15 @@ class RewardConfig:
     model_server_args: tuple[str, ...] = ()
     """Of kind model: more arguments for the reward model's `sglang.launch_server`."""
     request_deadline_s: float = 300.0
-    """Of kinds remote and model: one step's responses must be scored within this time."""
+    """Of kinds remote and model: the responses of one call must be scored within this time."""
     max_retries: int = 3
     """Of kinds remote and model: times that a failed request is sent again."""
     format: str = "none"
-    """Also asked of a response: none, boxed, think (<think>...</think>, then the answer), or a regular expression."""
+    """Also asked of a response: none, boxed, think (<think>...</think>, then the answer) or pattern."""
+    format_pattern: str = ""
+    """Of format pattern: a regular expression that must be found in the response (`re.search`)."""
     format_reward: float = 0.0
-    """Added to the reward of a response that has the format; negative amounts are added where it has not."""
+    """Added where a response has the format; a negative amount, where it has not; 0 only adds reward/format_mean."""
     overlong_buffer_tokens: int = 0
     """Soft overlong penalty: the last tokens before rollout.max_response_tokens cost more and more; 0: off."""
     overlong_penalty: float = 1.0

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MOST_ROUNDS = 3
+"""Times that a step draws prompts, where dynamic sampling leaves out all that it has drawn before."""
+
 
 @dataclass(frozen=True)
 class RolloutConfig:
@@ -67,7 +70,7 @@ class ScheduleConfig:
     over_sampling: float = 1.0
     """Ask this many times rollout.num_prompts, take the groups that are complete first, abort the rest; 1: off."""
     max_deferrals: int = 2
-    """Times that a prompt whose group was aborted may be put off again; then the step waits for it."""
+    """Times that a prompt may be put off because its group was aborted; then the step waits for it. 0: none ever is."""
     dynamic_sampling: bool = False
     """Leave out groups whose responses all earn the same reward, and sample others in their place (DAPO)."""
     max_draws: float = 4.0

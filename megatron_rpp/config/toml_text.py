@@ -12,15 +12,11 @@ from megatron_rpp.config.schema import Config
 
 def dump_toml(config: Config) -> str:
     """The resolved configuration as TOML, every key written out."""
-    lines: list[str] = []
-    open_section = ""
+    sections: dict[str, list[str]] = {}
     for key, value in flatten(config).items():
         section, _, name = key.rpartition(".")
-        if section != open_section:
-            lines += ["", f"[{section}]"] if lines else [f"[{section}]"]
-            open_section = section
-        lines.append(f"{name} = {_value(value)}")
-    return "\n".join(lines) + "\n"
+        sections.setdefault(section, []).append(f"{name} = {_value(value)}\n")
+    return "\n".join(f"[{section}]\n{''.join(lines)}" for section, lines in sections.items())
 
 
 def _value(value: Any) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import string
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from megatron_rpp.config.algorithm import check_algorithm
-from megatron_rpp.config.data import SourceConfig
+from megatron_rpp.config.algorithm_checks import check_algorithm
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.fields import flatten
+from megatron_rpp.config.needs import check_needs
 from megatron_rpp.config.ranges import check_ranges
+from megatron_rpp.config.reward_checks import check_rewards
 from megatron_rpp.config.schema import Config
+from megatron_rpp.config.sources import check_sources
+from megatron_rpp.config.templates import DEFAULT, check_template
 from megatron_rpp.config.urls import is_url
 
 Command = Literal["train", "sft"]
@@ -28,7 +29,8 @@ def validate(config: Config, command: Command) -> None:
         ConfigError: the first value that must change, and to what.
     """
     check_ranges(flatten(config))
-    template_names(config.data.prompt_template)
+    check_template(DEFAULT, config.data.prompt_template)
+    check_packing(config)
     if command == "sft":
         _check_sft(config)
         return
@@ -37,22 +39,25 @@ def validate(config: Config, command: Command) -> None:
     check_algorithm(config)
     _check_batches(config)
     _check_lengths(config)
+    _check_schedule(config)
     _check_servers(config)
     _check_weight_sync(config)
     _check_parity(config)
-    _check_sources(config)
+    check_sources(config)
+    check_rewards(config)
+    _check_evaluation(config)
+    check_needs(config)
     _check_learning_rate("optimizer", config.optimizer.lr, config.optimizer.min_lr)
 
 
-def template_names(template: str) -> list[str]:
-    """The names in braces of data.prompt_template. Raises ConfigError where it is malformed or has none."""
-    try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise ConfigError(f"data.prompt_template={template!r} must be a valid template: {error}") from error
-    if not names or "" in names:
-        raise ConfigError(f"data.prompt_template={template!r} must name a key in braces, such as {{prompt}}")
-    return names
+def check_packing(config: Config) -> None:
+    """Context parallelism splits packed sequences, and a microbatch has room for the longest. Raises ConfigError."""
+    tokens, longest, context = config.train.micro_batch_tokens, config.rollout.context_length, config.parallel.context
+    if context > 1 and not tokens:
+        wanted = f"train.micro_batch_tokens, such as {longest}: packed sequences are what it splits"
+        raise ConfigError(f"parallel.context={context} must go with {wanted}")
+    if 0 < tokens < longest:
+        raise ConfigError(f"train.micro_batch_tokens={tokens} must be at least rollout.context_length={longest}")
 
 
 def _check_sft(config: Config) -> None:
@@ -83,6 +88,24 @@ def _check_lengths(config: Config) -> None:
         raise ConfigError(
             f"rollout.max_response_tokens={longest} must be below rollout.context_length={context}, "
             "which holds the prompt too"
+        )
+
+
+def _check_schedule(config: Config) -> None:
+    schedule, samples = config.schedule, config.algorithm.num_samples_per_prompt
+    if schedule.dynamic_sampling and samples < 2:
+        raise ConfigError(
+            f"schedule.dynamic_sampling=true compares the responses to a prompt, and algorithm.num_samples_per_prompt"
+            f"={samples}; raise it to 2 at least"
+        )
+    if schedule.dynamic_sampling and schedule.max_draws < schedule.over_sampling:
+        raise ConfigError(
+            f"schedule.max_draws={schedule.max_draws} must be at least schedule.over_sampling={schedule.over_sampling}"
+        )
+    if schedule.time_budget_s >= config.rollout.request_deadline_s:
+        raise ConfigError(
+            f"schedule.time_budget_s={schedule.time_budget_s:g} must be below rollout.request_deadline_s="
+            f"{config.rollout.request_deadline_s:g}, which ends the sampling with an error"
         )
 
 
@@ -125,23 +148,13 @@ def _check_parity(config: Config) -> None:
         )
 
 
-def _check_sources(config: Config) -> None:
-    _check_source("data.train", config.data.train, config.reward.kind)
-    if config.data.eval.is_set and config.eval.interval:
-        _check_source("data.eval", config.data.eval, config.reward.kind)
-        if replace(config.data.train, size=0) == replace(config.data.eval, size=0):
-            raise ConfigError("data.eval must differ from data.train, in its path, task or seed: it is held out")
-
-
-def _check_source(key: str, source: SourceConfig, reward_kind: str) -> None:
-    if reward_kind == "reasoning_gym" and source.kind != "reasoning_gym":
-        raise ConfigError(
-            f"{key}.kind={source.kind} must be reasoning_gym where reward.kind is, whose verifier it uses"
-        )
-    if source.kind == "jsonl":
-        _require_file(f"{key}.path", source.path)
-    elif not source.task:
-        raise ConfigError(f"{key}.task is not set; pass --{key}.task=NAME of a reasoning-gym task, such as chain_sum")
+def _check_evaluation(config: Config) -> None:
+    asked, samples = config.eval.pass_at, config.eval.samples
+    largest = max(asked, default=1)
+    if largest > samples:
+        raise ConfigError(f"eval.pass_at={largest} must be at most eval.samples={samples}")
+    if len(set(asked)) < len(asked):
+        raise ConfigError(f"eval.pass_at={','.join(map(str, asked))} names a number twice; name each once")
 
 
 def _check_learning_rate(section: str, peak: float, end: float) -> None:

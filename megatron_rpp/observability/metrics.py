@@ -18,6 +18,7 @@ class Metrics:
 
     means: dict[str, tuple[float, float]] = field(default_factory=dict)  # name -> (sum, count)
     maxima: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, float] = field(default_factory=dict)
 
     def add_mean(self, name: str, total: float, count: float) -> None:
         """Add `count` samples whose sum is `total`."""
@@ -34,12 +35,18 @@ class Metrics:
         self._expect_kind(name, self.means)
         self.maxima[name] = max(self.maxima.get(name, float(value)), float(value))
 
+    def add_sum(self, name: str, value: float) -> None:
+        """A count of something, which adds up over all ranks."""
+        self.sums[name] = self.sums.get(name, 0.0) + float(value)
+
     def merge(self, other: Metrics) -> None:
         """Add all that `other` holds."""
         for name, (total, count) in other.means.items():
             self.add_mean(name, total, count)
         for name, value in other.maxima.items():
             self.add_max(name, value)
+        for name, value in other.sums.items():
+            self.add_sum(name, value)
 
     def reduce(self, gather: Callable[[Metrics], Sequence[Metrics]]) -> Metrics:
         """The metrics of all ranks together, from one exchange.
@@ -50,9 +57,9 @@ class Metrics:
         return merged(gather(self))
 
     def as_dict(self) -> dict[str, float]:
-        """Means and maxima by name."""
+        """Means, maxima and sums by name."""
         means = {name: total / count for name, (total, count) in self.means.items() if count}
-        return means | self.maxima
+        return means | self.maxima | self.sums
 
     def _expect_kind(self, name: str, others: Mapping[str, object]) -> None:
         assert name not in others, f"{name} is both a mean and a maximum"

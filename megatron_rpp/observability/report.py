@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_rpp.observability.held_out import set_names
 from megatron_rpp.observability.writers import metrics_path, read_metrics
 
 if TYPE_CHECKING:
@@ -30,8 +31,12 @@ def draw(run_dir: str | Path) -> Path:
         2, 1, sharex=True, figsize=(8, 6), height_ratios=(2, 1), layout="constrained"
     )
     _line(upper, steps, "reward/mean", "sampled reward", color="0.6", linewidth=1)
-    _line(upper, steps, "eval/accuracy", "held-out accuracy, sampled", color="C0", marker="o")
-    _line(upper, steps, "eval/greedy_accuracy", "held-out accuracy, greedy", color="C1", marker="s")
+    for number, name in enumerate(set_names(steps)):
+        prefix, of_set, color = (f"eval/{name}/", f" of {name}", f"C{number + 3}") if name else ("eval/", "", "C0")
+        _line(upper, steps, prefix + "accuracy", f"held-out accuracy{of_set}, sampled", color=color, marker="o")
+        greedy = {"color": color if name else "C1", "marker": "s", "linestyle": "--" if name else "-"}
+        _line(upper, steps, prefix + "greedy_accuracy", f"held-out accuracy{of_set}, greedy", **greedy)
+        _line(upper, steps, prefix + "reward", f"held-out reward{of_set}, sampled", color=color, marker="o")
     upper.set_ylabel("reward, accuracy")
     _line(lower, steps, "kl/mean", "KL to the reference", color="C2")
     lower.set_ylabel("KL per token (nats)")
@@ -51,12 +56,16 @@ def summary(run_dir: str | Path) -> str:
     """How many steps there are, and the first and last held-out accuracy. Raises ValueError as `draw`."""
     steps = _read(run_dir)
     parts = [f"{len(steps)} steps"]
-    for key, name in (("eval/accuracy", "held-out accuracy"), ("eval/greedy_accuracy", "greedy accuracy")):
-        points = _points(steps, key)
-        if points:
+    for name in set_names(steps):
+        prefix, of_set = (f"eval/{name}/", f" of {name}") if name else ("eval/", "")
+        for key, words in (("accuracy", "held-out accuracy"), ("greedy_accuracy", "greedy accuracy")):
+            if points := _points(steps, prefix + key):
+                (first_step, first), (last_step, last) = points[0], points[-1]
+                change = f"{first:.1%} (step {first_step}) -> {last:.1%} (step {last_step})"
+                parts.append(f"{words}{of_set} {change}, {100 * (last - first):+.1f} points")
+        if points := _points(steps, prefix + "reward"):
             (first_step, first), (last_step, last) = points[0], points[-1]
-            gain = 100 * (last - first)
-            parts.append(f"{name} {first:.1%} (step {first_step}) -> {last:.1%} (step {last_step}), {gain:+.1f} points")
+            parts.append(f"held-out reward{of_set} {first:.3f} (step {first_step}) -> {last:.3f} (step {last_step})")
     return "; ".join(parts) if len(parts) > 1 else f"{parts[0]}; never evaluated"
 
 

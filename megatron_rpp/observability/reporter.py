@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 
-from megatron_rpp.observability.rollouts import RolloutLike, write_rollouts
+from megatron_rpp.observability.rollouts import RolloutLike, Skipped, write_rollouts, write_skipped
 from megatron_rpp.observability.terminal import Terminal
 from megatron_rpp.observability.writers import MetricsWriter
 
@@ -29,11 +29,18 @@ class Reporter:
             self._terminal.update_progress(done, asked)
 
     def step(
-        self, step: int, metrics: Mapping[str, float], rollouts: Sequence[RolloutLike], rewards: Sequence[float]
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        rollouts: Sequence[RolloutLike],
+        rewards: Sequence[float],
+        skipped: Sequence[Skipped] = (),
     ) -> None:
-        """Record one finished step."""
+        """Record one finished step. skipped: of all replicas."""
         if self._replica is not None:
             write_rollouts(self._run_dir, step, rollouts, rewards, replica=self._replica)
+        if self._replica == 0:
+            write_skipped(self._run_dir, step, skipped)
         if self._writer is not None and self._terminal is not None:
             self._writer.write(step, metrics)
             self._terminal.step(step, metrics)

@@ -1,11 +1,11 @@
-"""RUN_DIR/rollouts/step-N.jsonl: what was sampled, in words."""
+"""RUN_DIR/rollouts: step-N.jsonl, what was sampled, in words; step-N.skipped.jsonl, what was left out."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from megatron_rpp.observability.files import write_whole
 
@@ -19,6 +19,8 @@ class PromptLike(Protocol):
     def text(self) -> str: ...
     @property
     def answer(self) -> str: ...
+    @property
+    def source(self) -> str: ...
 
 
 class RolloutLike(Protocol):
@@ -38,6 +40,14 @@ class RolloutLike(Protocol):
     def policy_version(self) -> int: ...
     @property
     def version_spans(self) -> Sequence[tuple[int, int, int]]: ...  # (version, start, end) in response tokens
+
+
+class Skipped(NamedTuple):
+    """A prompt that dynamic sampling has used up without training on it."""
+
+    prompt_id: int
+    group_id: int
+    reward: float  # that each response to it earned
 
 
 def rollouts_path(run_dir: str | Path, step: int, replica: int = 0) -> Path:
@@ -62,9 +72,24 @@ def write_rollouts(
     return path
 
 
+def skipped_path(run_dir: str | Path, step: int) -> Path:
+    """The file of one step, for all replicas."""
+    return Path(run_dir) / "rollouts" / f"step-{step}.skipped.jsonl"
+
+
+def write_skipped(run_dir: str | Path, step: int, skipped: Sequence[Skipped]) -> None:
+    """Write one object a prompt; where there is none, there is no file."""
+    path = skipped_path(run_dir, step)
+    path.unlink(missing_ok=True)  # of this step, before it was run again
+    if skipped:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, "".join(json.dumps(each._asdict()) + "\n" for each in skipped))
+
+
 def _record(rollout: RolloutLike, reward: float) -> dict[str, Any]:
     return {
         "prompt_id": rollout.prompt.id,
+        "source": rollout.prompt.source,
         "group_id": rollout.group_id,
         "prompt": rollout.prompt.text,
         "answer": rollout.prompt.answer,

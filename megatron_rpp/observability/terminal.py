@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from megatron_rpp.observability.held_out import mean_accuracy
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -92,7 +94,9 @@ class Terminal:
 
 
 def _cells(step: int, metrics: Mapping[str, float], remaining_s: float) -> list[str]:
-    values = (format(metrics[c.key], c.form) if c.key in metrics else "-" for c in COLUMNS)
+    held_out = mean_accuracy(metrics)
+    shown = metrics if held_out is None else {**metrics, "eval/accuracy": held_out}
+    values = (format(shown[c.key], c.form) if c.key in shown else "-" for c in COLUMNS)
     return [str(step), *values, _duration(remaining_s)]
 
 

@@ -112,7 +112,10 @@ def test_a_bad_setting_is_told_without_importing_torch(project: Path) -> None:
         ),
         (["train", "{}/run.toml", "--model.path="], "model.path is not set; pass --model.path=DIRECTORY"),
         (["train", "{}/run.toml", "--data.train.path={}/bad.jsonl"], "{}/bad.jsonl:2: "),
-        (["train", "{}/run.toml", "--data.prompt_template={{question}}"], "{}/data.jsonl:1: no `question`"),
+        (
+            ["train", "{}/run.toml", "--data.prompt_template={{question}}"],
+            "{}/data.jsonl:1: data.prompt_template names `question`, which is not there",
+        ),
         (
             ["train", "{}/run.toml", "--rollout.registry=true", "--rollout.server_tensor=3"],
             "rollout.server_tensor=3 must divide num_attention_heads=4",
@@ -134,6 +137,24 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     shown = capsys.readouterr().err
     assert shown.startswith("rpp: error: " + message.format(project)) and shown.count("\n") == 1
     assert not (project / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_check_says_ok_and_starts_and_writes_nothing(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def start(*_: object) -> int:
+        raise AssertionError("it started ranks")
+
+    monkeypatch.setattr("megatron_rpp.commands.train.launch_local", start)
+    before = sorted(project.iterdir())
+    assert cli.main([command, str(project / "run.toml"), "--check"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"ok: configuration, model {project}/model") and shown.count("\n") == 1
+    assert f"{project}/data.jsonl" in shown and sorted(project.iterdir()) == before
+    words = ["--data.prompt_template={question}", "--check"]
+    assert cli.main([command, str(project / "run.toml"), *words]) == 2
+    assert f"{project}/data.jsonl:1: " in capsys.readouterr().err
 
 
 def test_a_run_is_not_overwritten_without_resume(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

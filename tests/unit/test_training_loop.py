@@ -25,14 +25,25 @@ def session(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
         yield session
 
     monkeypatch.setattr(train, "open_session", opened)
-    for name in ("collate", "score", "train_step", "evaluate", "greedy_rewards", "from_replica_leader", "step_metrics"):
+    names = (
+        "collate",
+        "collect",
+        "evaluate",
+        "from_replica_leader",
+        "greedy_rewards",
+        "score",
+        "step_metrics",
+        "train_step",
+    )
+    for name in names:
         monkeypatch.setattr(train, name, MagicMock())
+    monkeypatch.setattr(train, "balance", lambda share, *_: (share, {}))
     monkeypatch.setattr(train, "add_advantages", lambda batch, config, parallel, shaping: (batch, shaping, {}))
     return session
 
 
 def test_a_value_error_of_a_step_does_not_end_a_run_for_good(session: MagicMock) -> None:
-    session.prompt_source.next_batch.side_effect = ValueError("what a library says")
+    train.collect.side_effect = ValueError("what a library says")  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="what a library says") as caught:
         train.run(Config(), resume="no")
     assert own_failure.failure_of(caught.value, 0, "a").exit_code == 1

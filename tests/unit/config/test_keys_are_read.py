@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import megatron_rpp
 from megatron_rpp.config import Config
@@ -15,12 +16,16 @@ PACKAGE = Path(megatron_rpp.__file__).parent
 
 
 def config_classes(node: Any, key: str = "") -> dict[str, str]:
-    """Section key -> class name: {"": "Config", "rollout": "RolloutConfig", "data.train": "SourceConfig"}."""
+    """Section key -> class name: {"": "Config", "rollout": "RolloutConfig", "data.sources.NAME": "SourceConfig"}."""
     found = {key: type(node).__name__}
+    types = get_type_hints(type(node))
     for item in dataclasses.fields(node):
-        value = getattr(node, item.name)
-        if dataclasses.is_dataclass(value):
-            found |= config_classes(value, f"{key}.{item.name}" if key else item.name)
+        value, name = getattr(node, item.name), f"{key}.{item.name}" if key else item.name
+        named = next(filter(dataclasses.is_dataclass, get_args(types[item.name])), None)  # dict[str, SourceConfig]
+        if named is not None:
+            found |= config_classes(named(), f"{name}.NAME")
+        elif dataclasses.is_dataclass(value):
+            found |= config_classes(value, name)
     return found
 
 
@@ -49,6 +54,24 @@ def aliases(tree: ast.Module) -> set[tuple[str, str]]:
                 targets, values = targets[0].elts, node.value.elts
             for target, value in zip(targets, values, strict=False):
                 found |= {(name_of(target), name) for section, name in by_section if section == name_of(value)}
+    return found | entries(tree)
+
+
+def entries(tree: ast.Module) -> set[tuple[str, str]]:
+    """(name, class) of what loops over named sections: `for name, source in config.data.sources.items()`."""
+    tables = {(key.split(".")[-2], name) for key, name in CLASSES.items() if key.endswith(".NAME")}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg) and isinstance(node.annotation, ast.Subscript):
+            tables |= {
+                (node.arg, name) for name in CLASSES.values() if re.search(rf"\b{name}\b", ast.unparse(node.annotation))
+            }
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.For | ast.comprehension) and isinstance(node.iter, ast.Call):
+            method = node.iter.func
+            if isinstance(method, ast.Attribute) and method.attr in ("items", "values"):
+                target = node.target.elts[-1] if isinstance(node.target, ast.Tuple) else node.target
+                found |= {(name_of(target), name) for table, name in tables if table == name_of(method.value)}
     return found
 
 
@@ -86,3 +109,12 @@ def f(config: Config, sampling: RolloutConfig, source: "SourceConfig"):
     assert wanted | {("OptimizerConfig", "lr")} <= found
     assert ("RolloutConfig", "top_p") not in found  # `other` is not known to be a configuration
     assert "rollout.top_p" in unread([source]) and "rollout.port" not in unread([source])
+
+
+def test_the_scan_sees_reads_of_named_sections_in_loops() -> None:
+    source = """
+def f(config: Config, known: Mapping[str, SourceConfig], other):
+    return [s.weight for s in config.data.sources.values()] + [t.seed for name, t in known.items()] + other.split
+"""
+    found = reads(source)
+    assert {("SourceConfig", "weight"), ("SourceConfig", "seed")} <= found and ("SourceConfig", "split") not in found

@@ -118,6 +118,10 @@ def test_every_field_has_a_docstring() -> None:
     assert [key for key, _, _, doc in describe() if not doc.strip()] == []
 
 
+def test_every_docstring_is_one_line() -> None:
+    assert [key for key, _, _, doc in describe() if "\n" in doc] == []
+
+
 def test_describe_gives_types_and_the_defaults_in_force() -> None:
     rows = {key: (kind, default) for key, kind, default, _ in describe()}
     assert rows["data.train.size"] == ("int", 25_000)

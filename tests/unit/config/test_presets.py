@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_rpp.config import Config
-from megatron_rpp.config.algorithm import check_algorithm
+from megatron_rpp.config.algorithm_checks import check_algorithm
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.fields import flatten
 from megatron_rpp.config.load import dump_toml, load_config

@@ -30,6 +30,7 @@ def test_valid_configurations_pass(make: Make) -> None:
     validate(make({"parity.correct": 0.6, "parity.stop": 0.0}), "train")
     validate(make({"parallel.tensor": 2, "parallel.sequence": True, "parallel.pipeline": 2}), "train")
     validate(make({"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, "parallel.data": 2}), "train")
+    validate(make({"parallel.context": 2, "train.micro_batch_tokens": 2048}), "train")
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,15 @@ def test_valid_configurations_pass(make: Make) -> None:
             {"train.batch_size": 96},
             "train.batch_size=96 must divide rollout.num_prompts=256 x algorithm.num_samples_per_prompt=4 = 1024",
         ),
+        (
+            {"parallel.context": 2},
+            "parallel.context=2 must go with train.micro_batch_tokens, such as 2048: packed sequences",
+        ),
+        (
+            {"train.micro_batch_tokens": 2047},
+            "train.micro_batch_tokens=2047 must be at least rollout.context_length=2048",
+        ),
+        ({"parallel.context": 0, "train.micro_batch_tokens": 2048}, "parallel.context=0 must be at least 1"),
         ({"rollout.max_response_tokens": 2048}, "rollout.max_response_tokens=2048 must be below "),
         ({"weight_sync.transports": ()}, "weight_sync.transports is empty; name at least one"),
         ({"weight_sync.transports": ("disk", "disk")}, "weight_sync.transports=disk,disk names one twice"),
@@ -57,6 +67,18 @@ def test_valid_configurations_pass(make: Make) -> None:
         ({"rollout.urls": ("http://a:99999",)}, "rollout.urls=http://a:99999 must be a URL"),
         ({"rollout.urls": ("http://a:1", "http://b:1", "http://a:1/")}, "rollout.urls names http://a:1/ twice"),
         ({"parity.correct": 0.5}, "parity.correct=0.5 must be below parity.stop=0.5"),
+        ({"schedule.over_sampling": 0.9}, "schedule.over_sampling=0.9 must be at least 1"),
+        ({"schedule.max_draws": 0.0}, "schedule.max_draws=0.0 must be at least 1"),
+        (
+            {"schedule.dynamic_sampling": True, "algorithm.num_samples_per_prompt": 1},
+            "schedule.dynamic_sampling=true compares the responses to a prompt, and algorithm.num_samples_per_prompt=1",
+        ),
+        (
+            {"schedule.dynamic_sampling": True, "schedule.max_draws": 1.5, "schedule.over_sampling": 2.0},
+            "schedule.max_draws=1.5 must be at least schedule.over_sampling=2.0",
+        ),
+        ({"schedule.max_deferrals": -1}, "schedule.max_deferrals=-1 must be at least 0"),
+        ({"schedule.time_budget_s": 600.0}, "schedule.time_budget_s=600 must be below rollout.request_deadline_s=600"),
         ({"rollout.port": 65536}, "rollout.port=65536 must be a port from 1 to 65535, or 0 for a free one"),
         ({"data.train.path": ""}, "data.train.path is not set; pass --data.train.path=FILE.jsonl"),
         ({"data.train.path": "/absent.jsonl"}, "data.train.path=/absent.jsonl must be an existing file"),
@@ -64,7 +86,7 @@ def test_valid_configurations_pass(make: Make) -> None:
         ({"data.train.kind": "reasoning_gym"}, "data.train.task is not set"),
         (
             {"reward.kind": "reasoning_gym"},
-            "data.train.kind=jsonl must be reasoning_gym where reward.kind is",
+            "reward.kind=reasoning_gym must go with data.train.kind=reasoning_gym, not jsonl",
         ),
         ({"data.prompt_template": "{prompt"}, "data.prompt_template='{prompt' must be a valid template"),
         ({"data.prompt_template": "say"}, "data.prompt_template='say' must name a key in braces"),
@@ -90,7 +112,7 @@ def test_a_negative_number_is_refused(make: Make, key: str) -> None:
 
 
 def test_every_number_has_a_range_but_the_rewards() -> None:
-    assert unchecked_numbers() == ["reward.correct", "reward.wrong"]
+    assert unchecked_numbers() == ["reward.correct", "reward.wrong", "reward.format_reward"]
 
 
 @pytest.mark.parametrize(

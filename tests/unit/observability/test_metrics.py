@@ -46,6 +46,15 @@ def test_values_of_micro_batches_are_averaged_and_reduce_leaves_the_rank_as_it_w
     assert metrics.means == {"lr": (4.0, 2.0)}
 
 
+def test_counts_of_all_ranks_add_up() -> None:
+    metrics = Metrics()
+    metrics.add_sum("reward/timeouts", 0.0)
+    metrics.add_sum("reward/timeouts", 2.0)
+    other = Metrics()
+    other.add_sum("reward/timeouts", 1.0)
+    assert metrics.reduce(lambda mine: [mine, other]).as_dict() == {"reward/timeouts": 3.0}
+
+
 def test_one_name_cannot_be_mean_and_maximum() -> None:
     metrics = Metrics()
     metrics.add_mean("x", 1.0, 1)

@@ -34,6 +34,21 @@ def test_without_a_terminal_each_step_is_one_plain_line() -> None:
     assert second.startswith("step 1  reward 1.000  accuracy -") and second.endswith("ETA 0:00:00")
 
 
+@pytest.mark.parametrize(
+    ("metrics", "shown"),
+    [
+        ({"eval/accuracy": 0.5, "eval/aime/accuracy": 0.0}, "accuracy 50.0%"),
+        ({"eval/aime/accuracy": 0.25, "eval/gsm8k/accuracy": 0.75, "eval/essays/reward": 9.0}, "accuracy 50.0%"),
+        ({"eval/essays/reward": 9.0, "eval/aime/greedy_accuracy": 1.0}, "accuracy -"),
+    ],
+)
+def test_the_accuracy_is_the_unnamed_sets_else_the_mean_of_the_named(metrics: dict[str, float], shown: str) -> None:
+    out = io.StringIO()
+    with Terminal(0, 1, out) as terminal:
+        terminal.step(0, {"reward/mean": 1.0, **metrics})
+    assert f"  {shown}  " in out.getvalue()
+
+
 def test_on_a_terminal_the_table_shows_progress_and_steps() -> None:
     screen = Screen()
     with Terminal(5, 8, screen) as terminal:

@@ -56,6 +56,7 @@ class FakePrompt:
     id: int = 7
     text: str = "1+1="
     answer: str = "2"
+    source: str = "sums"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def test_rollouts_are_one_object_a_response_and_a_repeated_step_replaces_them(tm
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     wanted: dict[str, Any] = {
         "prompt_id": 7,
+        "source": "sums",
         "group_id": 3,
         "prompt": "1+1=",
         "answer": "2",
@@ -120,6 +122,17 @@ def test_the_report_draws_a_picture_and_says_first_and_last_accuracy(tmp_path: P
     assert summary(tmp_path) == (
         "3 steps; held-out accuracy 25.0% (step 0) -> 75.0% (step 2), +50.0 points; "
         "greedy accuracy 30.0% (step 0) -> 80.0% (step 2), +50.0 points"
+    )
+
+
+def test_the_report_names_each_held_out_set(tmp_path: Path) -> None:
+    with writer(tmp_path) as metrics:
+        metrics.write(0, {"eval/aime/accuracy": 0.25, "eval/aime/pass@8": 0.5, "eval/essays/reward": -1.0})
+        metrics.write(1, {"eval/aime/accuracy": 0.5, "eval/aime/pass@8": 0.5, "eval/essays/reward": 1.5})
+    assert draw(tmp_path).exists()
+    assert summary(tmp_path) == (
+        "2 steps; held-out accuracy of aime 25.0% (step 0) -> 50.0% (step 1), +25.0 points; "
+        "held-out reward of essays -1.000 (step 0) -> 1.500 (step 1)"
     )
 
 

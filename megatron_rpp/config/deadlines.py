@@ -1,0 +1,35 @@
+"""How long the parts of a run may take, by their own limits."""
+
+from __future__ import annotations
+
+from megatron_rpp.config.rollout import MOST_ROUNDS
+from megatron_rpp.config.schema import Config
+
+
+def longest_wait_s(config: Config) -> float:
+    """The longest that ranks may have to wait in one collective, for one that talks to a server or to verifiers."""
+    rollout, sync = config.rollout, config.weight_sync
+    sampling_s = rollout.request_deadline_s + _judging_s(config)
+    return max(sampling_s, rollout.startup_deadline_s, sync.deadline_s, _verifying_s(config))
+
+
+def phase_deadline_s(config: Config, name: str) -> float:
+    """The time that a phase's own deadlines give it, all tries together; 0 where it has none."""
+    rollout, tries = config.rollout, config.rollout.max_retries + 1
+    sync_s = tries * config.weight_sync.deadline_s + rollout.startup_deadline_s
+    sampling_s = tries * (rollout.request_deadline_s + sync_s)
+    verifying_s = _verifying_s(config)
+    rounds = MOST_ROUNDS if config.schedule.dynamic_sampling else 1
+    rollout_s = rounds * (sampling_s + tries * _judging_s(config))
+    own = {"rollout": rollout_s, "reward": verifying_s, "parity": sync_s, "sync": sync_s}
+    return own.get(name, 2 * (sampling_s + verifying_s) if name in ("eval", "baseline") else 0.0)
+
+
+def _verifying_s(config: Config) -> float:
+    """Of one call of the reward: at most three of verifiers (two kinds and a format) and two of services."""
+    return 3 * config.reward.batch_time_limit_s + 2 * config.reward.request_deadline_s
+
+
+def _judging_s(config: Config) -> float:
+    """Of the calls of the reward while a step is sampled: about one for each num_prompts groups that are drawn."""
+    return config.schedule.max_draws * _verifying_s(config) if config.schedule.dynamic_sampling else 0.0

@@ -1,0 +1,67 @@
+"""Keys that act only beside others: set without them, they would be passed over in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_rpp.config.data import SourceConfig
+from megatron_rpp.config.errors import ConfigError
+from megatron_rpp.config.fields import canonical, fields, flatten
+from megatron_rpp.config.schema import Config
+from megatron_rpp.config.sources import named_sources, reward_kinds
+
+
+@dataclass(frozen=True)
+class Need:
+    """A condition, in words and as code."""
+
+    words: str
+    is_met: Callable[[Config], bool]
+
+
+def _reward_kind(kind: str) -> Need:
+    return Need(f"reward.kind={kind}, or such a reward of a source", lambda config: kind in reward_kinds(config))
+
+
+NEEDS: dict[str, Need] = {
+    "reward.function": _reward_kind("function"),
+    "reward.url": _reward_kind("remote"),
+    "reward.model_path": _reward_kind("model"),
+    "reward.model_urls": _reward_kind("model"),
+    "reward.model_server_args": _reward_kind("model"),
+    "reward.format_pattern": Need("reward.format=pattern", lambda config: config.reward.format == "pattern"),
+    "reward.format_reward": Need("reward.format, such as boxed", lambda config: config.reward.format != "none"),
+    "reward.overlong_penalty": Need(
+        "reward.overlong_buffer_tokens above 0", lambda config: config.reward.overlong_buffer_tokens > 0
+    ),
+    "schedule.max_draws": Need("schedule.dynamic_sampling=true", lambda config: config.schedule.dynamic_sampling),
+    "schedule.max_deferrals": Need(
+        "schedule.over_sampling above 1, schedule.dynamic_sampling or a budget of `schedule`",
+        lambda config: not config.schedule.is_plain,
+    ),
+}
+
+SOURCE_NEEDS: dict[str, tuple[str, Callable[[SourceConfig], bool]]] = {
+    "path": ("jsonl, parquet or huggingface", lambda source: source.kind != "reasoning_gym"),
+    "split": ("huggingface; choose files of other kinds by path", lambda source: source.kind == "huggingface"),
+    "task": ("reasoning_gym", lambda source: source.kind == "reasoning_gym"),
+    "task_args": ("reasoning_gym", lambda source: source.kind == "reasoning_gym"),
+    "seed": ("reasoning_gym", lambda source: source.kind == "reasoning_gym"),
+}
+
+
+def check_needs(config: Config) -> None:
+    """Raises ConfigError for the first key that differs from its default and cannot act."""
+    sources = named_sources(config.data)
+    for key, value in flatten(config).items():
+        known = canonical(key)
+        if value == fields()[known].default:
+            continue
+        section, _, name = key.rpartition(".")
+        if known in NEEDS and not NEEDS[known].is_met(config):
+            raise ConfigError(f"{key}={value} must go with {NEEDS[known].words}; else it does nothing")
+        if section in sources and name in SOURCE_NEEDS and not SOURCE_NEEDS[name][1](sources[section]):
+            raise ConfigError(
+                f"{key}={value} must go with {section}.kind={SOURCE_NEEDS[name][0]}; else it does nothing"
+            )

@@ -1,0 +1,41 @@
+"""How long a rank may wait, and a phase may last: never less than the limits of what happens in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_rpp.config.deadlines import longest_wait_s, phase_deadline_s
+from megatron_rpp.config.fields import build
+
+LIMITS = {
+    "rollout.request_deadline_s": 10.0,
+    "rollout.startup_deadline_s": 20.0,
+    "rollout.max_retries": 1,
+    "weight_sync.deadline_s": 5.0,
+    "reward.batch_time_limit_s": 100.0,
+    "reward.request_deadline_s": 7.0,
+}
+VERIFYING_S = 3 * 100.0 + 2 * 7.0
+
+
+def test_a_rank_waits_for_verifiers_as_long_as_they_may_take() -> None:
+    assert longest_wait_s(build(LIMITS)) == VERIFYING_S
+    assert longest_wait_s(build(LIMITS | {"rollout.request_deadline_s": 4000.0})) == 4000.0
+
+
+def test_groups_that_are_judged_on_the_way_lengthen_the_wait_for_a_leader() -> None:
+    judged = build(LIMITS | {"schedule.dynamic_sampling": True, "schedule.max_draws": 2.0})
+    assert longest_wait_s(judged) == 10.0 + 2 * VERIFYING_S
+    sampling_s = 2 * (10.0 + 2 * 5.0 + 20.0)
+    assert phase_deadline_s(judged, "rollout") == 3 * (sampling_s + 2 * 2 * VERIFYING_S), "three draws, two tries"
+    assert phase_deadline_s(build(LIMITS), "rollout") == sampling_s
+
+
+@pytest.mark.parametrize("changes", [{}, {"schedule.dynamic_sampling": True}, {"reward.batch_time_limit_s": 1e4}])
+def test_no_collective_gives_up_before_its_phase_is_over(changes: dict[str, Any]) -> None:
+    config = build(changes)
+    longest = max(phase_deadline_s(config, name) for name in ("rollout", "reward", "sync", "eval"))
+    assert longest_wait_s(config) <= longest
+    assert longest_wait_s(config) >= phase_deadline_s(config, "reward")
