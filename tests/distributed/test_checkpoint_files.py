@@ -214,7 +214,7 @@ def test_whole_checkpoint_is_replaced_where_that_is_asked(trainer: Trainer, tmp_
     for served in (8, 32):
         state = RunState(4, {"served": served}, schedule)
         checkpointer.save(trainer.policy, trainer.optimizer, state, wait=True, replace=served == 32)
-    path = find_checkpoint(tmp_path, verify="full")
+    path = find_checkpoint(tmp_path, verify=True)
     assert path is not None and trainer.load(path).prompts == {"served": 32}
     assert names(tmp_path) == ["step-000004"]
 
