@@ -17,6 +17,7 @@ from megatron_rpp.engine.microbatches import cut_batch
 from megatron_rpp.experience.packing import Microbatch
 from megatron_rpp.experience.types import ExperienceBatch
 from megatron_rpp.model.build import Model
+from megatron_rpp.model.layers.packed_attention import slot_params
 from megatron_rpp.parallel.collectives import share_tensors
 
 
@@ -60,19 +61,9 @@ def _forward_step(
 
 
 def _packed_params(micro: Microbatch) -> PackedSeqParams | None:
-    """Padding in a slot is part of its sequence: all that attention and rotary embeddings know are slots."""
     if micro.cu_seqlens is None:
         return None
-    bounds, longest = micro.cu_seqlens, int(micro.cu_seqlens.diff().max())
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        cu_seqlens_q_padded=bounds,
-        cu_seqlens_kv_padded=bounds,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
+    return slot_params(micro.cu_seqlens, int(micro.cu_seqlens.diff().max()))
 
 
 def _loss(head: Head, micro: Microbatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from megatron_rpp.model.hf_config import MoE
 from megatron_rpp.model.layers.attention import SDPACoreAttention
 from megatron_rpp.model.layers.norms import RMSNorm
+from megatron_rpp.model.layers.packed_attention import slot_params
 from megatron_rpp.plan.microbatch import MicrobatchShape
 
 
@@ -43,15 +44,7 @@ def packed_params(shape: MicrobatchShape) -> PackedSeqParams | None:
         return None
     with torch._C.DisableTorchFunction():  # AlwaysMeta
         bounds = torch.tensor(shape.bounds, dtype=torch.int32, device="cpu")
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        cu_seqlens_q_padded=bounds,
-        cu_seqlens_kv_padded=bounds,
-        max_seqlen_q=shape.longest,
-        max_seqlen_kv=shape.longest,
-    )
+    return slot_params(bounds, shape.longest)
 
 
 class EvenRouting(TorchFunctionMode):

@@ -10,6 +10,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -18,6 +19,22 @@ from megatron_rpp.experience.packing import zigzag
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q [1, H, queries, D], k and v [1, G, keys, D] -> [1, H, queries, Dv]; the queries stand at the last of the keys."""
+
+
+def slot_params(bounds: Tensor, longest: int) -> PackedSeqParams:
+    """What Megatron is told of slots: bounds [slots + 1] int32, and the length of the longest.
+
+    Padding in a slot is part of its sequence: all that attention and rotary embeddings know are slots.
+    """
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        cu_seqlens_q_padded=bounds,
+        cu_seqlens_kv_padded=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
 
 
 def packed_attention(
