@@ -1,7 +1,7 @@
 """What the launcher of this process says of its place in the job. Imports no torch.
 
-Known launchers, innermost first: our own on one host, torchrun (or its variables, set by hand), MPI (mpirun, or
-`srun --mpi=pmi2`), and `srun`. One may start another on every host; two that contradict each other are an error.
+Known launchers, innermost first: our own on one host, torchrun (or its variables, set by hand), mpirun, and `srun`
+(with any --mpi). One may start another on every host; two that contradict each other are an error.
 """
 
 from __future__ import annotations

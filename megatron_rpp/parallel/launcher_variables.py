@@ -7,7 +7,6 @@ import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 from megatron_rpp.config.errors import ConfigError
 
@@ -69,7 +68,7 @@ def _ranked_attempt(env: Environment) -> str:
 
 
 def place_by_mpi(env: Environment) -> JobPlace | None:
-    """Open MPI's variables, or those of MPICH and Intel MPI; under `srun --mpi=pmi2` only PMI_RANK and PMI_SIZE."""
+    """Open MPI's variables, or those of MPICH and Intel MPI; under `srun --mpi=pmi2` the place that SLURM tells."""
     for rank_name, size_name, local_names in (
         ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")),
         ("PMI_RANK", "PMI_SIZE", ("MPI_LOCALRANKID", "MPI_LOCALNRANKS")),
@@ -83,17 +82,17 @@ def place_by_mpi(env: Environment) -> JobPlace | None:
 
 def _mpi_place(env: Environment, size_name: str, job: tuple[int, int], local: tuple[int, int] | None) -> JobPlace:
     step = place_by_slurm(env)
-    if local is None and step is not None:  # `srun --mpi=pmi2`: the step's tasks are MPI's ranks
+    if local is None and step is not None:  # `srun --mpi=pmi2`
         if job != (step.rank, step.world_size):
             raise ConfigError(
                 f"PMI_RANK={job[0]} and PMI_SIZE={job[1]} must equal SLURM_PROCID={step.rank} and "
                 f"SLURM_STEP_NUM_TASKS={step.world_size}: an outer mpirun left them; unset PMI_RANK and PMI_SIZE, "
                 "or use srun --mpi=pmi2"
             )
-        if find_spec("mpi4py") is None:
-            return step
-        local = step.local_rank, step.local_world_size
-    elif step is not None and (step.local_world_size > 1 or job[1] < step.world_size):
+        # The step says all, and MPI_Init must not run: MPICH names its shared memory by the step's number alone, so
+        # that what a killed start left there makes a requeued job wait in it forever.
+        return step
+    if step is not None and (step.local_world_size > 1 or job[1] < step.world_size):
         raise ConfigError(  # mpirun starts one task a node with srun, so that such a step by itself is in order
             f"{size_name}={job[1]} is not the job of SLURM_STEP_NUM_TASKS={step.world_size} tasks: one of srun and "
             "mpirun has started the other; use either, mpirun in the batch script or srun --mpi=pmi2"

@@ -83,7 +83,7 @@ def test_four_ranks_train_under_mpi(cluster: Cluster, demo: Path, server: str, t
         argv = [REPOSITORY / "launch" / "mpi" / "mpirun.sh", "4", *run.words]
     else:
         ranks = ["srun", "--mpi=pmi2", "--nodes=2", "--ntasks=4"]
-        argv = [*ranks, sys.executable, "-m", "mpi4py", "-m", "megatron_rpp.cli", "train", *run.words]
+        argv = [*ranks, sys.executable, "-m", "megatron_rpp.cli", "train", *run.words]
     cluster.run(argv, on=cluster.nodes[1], timeout_s=300, env={"PATH": path})
     assert [each["step"] for each in run.steps()] == [0]
     run.check_no_orphans(cluster.nodes[1:])

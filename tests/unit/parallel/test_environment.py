@@ -7,7 +7,6 @@ import socket
 import pytest
 
 from megatron_rpp.config.errors import ConfigError
-from megatron_rpp.parallel import launcher_variables
 from megatron_rpp.parallel.environment import (
     JobPlace,
     find_job,
@@ -83,7 +82,7 @@ MPI_PLACE = JobPlace(2, 4, 0, 2, "mpi", "mpi", HERE)
         pytest.param(STEP | {"SLURM_RESTART_COUNT": "2"}, JobPlace(3, 4, 0, 1, "slurm", "7.2.2", "node4"), id="again"),
         pytest.param(STEP | {"RPP_ATTEMPT": "9"}, JobPlace(3, 4, 0, 1, "slurm", "9", "node4"), id="a name given to it"),
         pytest.param(STEP | BY_HAND, JobPlace(3, 4, 0, 1, "torchrun", "7.2.0.0", "node4"), id="srun and RANK by hand"),
-        pytest.param(PMI2, JobPlace(3, 4, 0, 1, "mpi", "7.2.0", "node4"), id="srun --mpi=pmi2"),
+        pytest.param(PMI2, SLURM_PLACE, id="srun --mpi=pmi2, without MPI_Init"),
         pytest.param(MPICH, MPI_PLACE, id="mpirun of MPICH"),
         pytest.param(OPEN_MPI, MPI_PLACE, id="mpirun of Open MPI"),
         pytest.param(
@@ -158,11 +157,6 @@ def test_an_environment_that_contradicts_itself_is_one_error(env: dict[str, str]
     with pytest.raises(ConfigError) as caught:
         find_job(env)
     assert str(caught.value).startswith(message)
-
-
-def test_srun_with_pmi2_needs_no_mpi4py(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher_variables, "find_spec", lambda name: None)
-    assert find_job(PMI2) == SLURM_PLACE
 
 
 def test_a_shell_in_a_one_node_allocation_starts_its_own_ranks() -> None:
