@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from megatron_rpp.config import algorithm, data, job, reward, rollout, schema
+from megatron_rpp.config import algorithm, data, job, performance, reward, rollout, schema
 from megatron_rpp.config.schema import Config
 
 NAME = "NAME"

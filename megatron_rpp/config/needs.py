@@ -24,7 +24,17 @@ def _reward_kind(kind: str) -> Need:
     return Need(f"reward.kind={kind}, or such a reward of a source", lambda config: kind in reward_kinds(config))
 
 
+_FP8 = Need("fp8.recipe, such as blockwise", lambda config: config.fp8.is_on)
+_PROFILE = Need("profile.steps, such as 3", lambda config: bool(config.profile.steps))
+
 NEEDS: dict[str, Need] = {
+    **{f"fp8.{key}": _FP8 for key in ("format", "params", "bf16_first_layers", "bf16_last_layers")},
+    "fp8.amax_history": Need("fp8.recipe=delayed", lambda config: config.fp8.recipe == "delayed"),
+    "memory.recompute_modules": Need(
+        "memory.recompute=selective", lambda config: config.memory.recompute == "selective"
+    ),
+    "profile.ranks": _PROFILE,
+    "profile.record": _PROFILE,
     "reward.function": _reward_kind("function"),
     "reward.url": _reward_kind("remote"),
     "reward.model_path": _reward_kind("model"),

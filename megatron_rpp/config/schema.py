@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from megatron_rpp.config.algorithm import AlgorithmConfig
 from megatron_rpp.config.data import DataConfig, EvalConfig
 from megatron_rpp.config.job import CheckpointConfig, SlurmConfig, WatchdogConfig
+from megatron_rpp.config.performance import Fp8Config, MemoryConfig, ProfileConfig
 from megatron_rpp.config.reward import RewardConfig
 from megatron_rpp.config.rollout import RolloutConfig, ScheduleConfig
 
@@ -90,7 +91,11 @@ class TrainConfig:
     micro_batch_tokens: int = 0
     """Tokens in one forward-backward pass of one replica, packed without padding and balanced over replicas; 0: off."""
     logprob_chunk_tokens: int = 64
-    """Tokens whose float32 logits exist at once while log-probs are computed."""
+    """Tokens whose float32 logits exist at once while log-probs are computed, where they are not fused."""
+    fused_logprobs: str = "auto"
+    """Log-probs compiled into one kernel a pass, without float32 logits in memory: on, off, or auto (on GPUs)."""
+    cuda_graphs: bool = False
+    """Replay each layer as a CUDA graph: rows are padded to rollout.context_length, so best for short sequences."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,10 @@ class OptimizerConfig:
     """Global gradient-norm limit; 0 turns clipping off."""
     distributed: bool = True
     """Split the optimizer state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over replicas bucket by bucket while the backward goes on."""
+    overlap_param_gather: bool = False
+    """Gather updated weights from replicas bucket by bucket while the next forward goes on."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +206,9 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     parity: ParityConfig = field(default_factory=ParityConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
