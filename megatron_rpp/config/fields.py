@@ -116,7 +116,7 @@ def _docstrings() -> dict[tuple[str, str], str]:
     found: dict[tuple[str, str], str] = {}
     trees = [
         ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
-        for module in (schema, algorithm, job, rollout, reward, data)
+        for module in (schema, algorithm, job, performance, rollout, reward, data)
     ]
     for node in (node for tree in trees for node in tree.body):
         if not isinstance(node, ast.ClassDef):
