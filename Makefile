@@ -15,7 +15,7 @@ lint: setup ## style, types, and imports that point down only
 
 test: lint ## everything that CI runs
 	@bash tools/slurm.sh
-	$(BIN)/python -m pytest
+	@bash tools/test.sh
 
 smollm2: setup ## a real pretrained model: its logits against transformers, then two REINFORCE++ steps
 	test -f models/smollm2/config.json || $(BIN)/python examples/make_smollm2.py --out models/smollm2

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rpp.engine.heads import ALL_POSITIONS, REAL_POSITIONS
 from megatron_rpp.model.hf_io.tensors import HFTensors
-from tests.distributed.invariance_worker import algorithms, fixed_batch
+from tests.distributed.invariance_worker import algorithms_of, fixed_batch
 from tests.distributed.layouts import (
     CONTEXT_LAYOUTS,
     EXPERT_CONTEXT_LAYOUTS,
@@ -26,7 +26,7 @@ from tests.distributed.layouts import (
 )
 from tests.support.tiny_models import FAMILY_NAMES, MOE_FAMILY_NAMES, save_tiny
 
-CASES = [("llama", name) for name in algorithms()] + [(family, "paper") for family in FAMILY_NAMES[1:]]
+CASES = [(family, name) for family in FAMILY_NAMES for name in algorithms_of(family, is_packed=False)]
 BASELINE = "tp1_pp1_dp1"
 POSITIONS = (REAL_POSITIONS, ALL_POSITIONS)
 MICROBATCHES = {"one_row_a_microbatch": 1, "one_microbatch": 8}  # 2 rows elsewhere
@@ -53,18 +53,23 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[tuple[st
             (root / name / kind).mkdir(parents=True)
         arguments = {**fitting, "out": str(root / name), "micro_batch_size": size}
         run_on(layout, "invariance_worker", arguments, root / name)
-        found[name] = _results(root / name / "padded", fitting["padded"])
-        found[name + PACKED] = _results(root / name / "packed", fitting["packed"])
+        found[name] = _results(root / name / "padded", fitting["padded"], name)
+        found[name + PACKED] = _results(root / name / "packed", fitting["packed"], name + PACKED)
     return found
 
 
-def _results(out: Path, families: Iterable[str]) -> dict[tuple[str, str], Result]:
-    found = {case: _merge(out, "-".join(case)) for case in CASES if case[0] in families}
+def _results(out: Path, families: Iterable[str], split: str) -> dict[tuple[str, str], Result]:
+    found = {case: _merge(out, "-".join(case)) for family in families for case in cases_of(family, split)}
     for family in families:
         found[family, "weights"] = _stages(out, f"{family}-weights")
         found[family, "logits"] = {"logits": _replicas(out, f"{family}-logits")}
         found[family, "saved"] = {"path": out / f"{family}-saved"}
     return found
+
+
+def cases_of(family: str, split: str) -> list[tuple[str, str]]:
+    """(family, algorithm) of all that is trained on a split."""
+    return [(family, name) for name in algorithms_of(family, is_packed=split.endswith(PACKED))]
 
 
 def splits_of(family: str) -> list[str]:
@@ -159,8 +164,9 @@ def test_policy_logprobs_are_those_of_transformers(
     ("split", "case"),
     [
         pytest.param(split, case, id="-".join((split, *case)))
-        for case in CASES
-        for split in splits_of(case[0])
+        for family in FAMILY_NAMES
+        for split in splits_of(family)
+        for case in cases_of(family, split)
         if split != BASELINE
     ],
 )
