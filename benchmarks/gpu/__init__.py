@@ -1,0 +1,1 @@
+"""What the chip gives: `python -m benchmarks.gpu` runs all of it; see docs/gpu.md."""

@@ -1,0 +1,66 @@
+"""Runs benchmarks of this folder in one process that is a whole job: prints results as they come, JSON at the end."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_rpp import device
+from megatron_rpp.config.schema import ParallelConfig
+from megatron_rpp.device.gpus import gpus, package_version, software
+from megatron_rpp.parallel import bootstrap
+
+ALL = ("logprobs", "ipc_sync", "train_step")  # the quick ones first
+PACKAGES = ("torch", "megatron-core", "transformer-engine")
+
+
+def main(*names: str) -> None:
+    """Those benchmarks; all of them where none is named."""
+    modules = {name: importlib.import_module(f"benchmarks.gpu.{name}") for name in names or ALL}
+    args = arguments(modules)
+    if not device.has_cuda() and not args.tiny:
+        sys.exit("no CUDA GPU; --tiny runs the same on CPU, for its typos alone")
+    found: dict[str, Any] = about()
+    print("  ".join(f"{name} {value}" for name, value in found.items()), flush=True)
+    parallel = bootstrap.initialize(ParallelConfig(), seed=0)
+    try:
+        with tempfile.TemporaryDirectory(prefix="benchmarks-gpu-") as scratch:
+            for name, module in modules.items():
+                found[name] = []
+                for result in module.run(parallel, Path(scratch), args):
+                    found[name].append(result)
+                    print(module.line(result), flush=True)
+    finally:
+        bootstrap.shutdown()
+    print(json.dumps(found))
+
+
+def about() -> dict[str, str]:
+    """Date, GPU and versions."""
+    versions = {name: package_version(name) for name in PACKAGES}
+    gpu = ", ".join(gpu.name for gpu in gpus()[:1]) or "CPU"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "gpu": gpu,
+        **software(),
+        **{k: v for k, v in versions.items() if v},
+    }
+
+
+def arguments(modules: dict[str, Any], argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="\n\n".join(module.__doc__ for module in modules.values()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--tiny", action="store_true", help="sizes that CPU takes: to run the code, not to measure")
+    parser.add_argument("--repeats", type=int, default=3)
+    for module in modules.values():
+        module.add_arguments(parser)
+    return parser.parse_args(argv)

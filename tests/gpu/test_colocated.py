@@ -1,0 +1,116 @@
+"""The loop with servers on the trainer's own GPU: SGLang where it can be imported, else a receiver that checks.
+
+RPP_SGLANG_PYTHONPATH names folders with SGLang and what it needs, where they cannot stand beside the trainer's
+packages (docs/gpu.md).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+
+from megatron_rpp.config.rollout import RolloutConfig
+from megatron_rpp.engine.optimizer import make_trainable
+from megatron_rpp.model.build import build_model
+from megatron_rpp.rollout.fleet import ServerFleet
+from megatron_rpp.rollout.sglang_client import SGLangClient
+from megatron_rpp.rollout.sglang_server import SGLangServer
+from megatron_rpp.weight_sync.build import build_engine
+from tests.gpu.site import Site
+from tests.gpu.sums import train_on, write_start
+from tests.support.servers import running
+
+ELSEWHERE = "RPP_SGLANG_PYTHONPATH"
+SERVER_ARGS = (
+    *("--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"),
+    *("--mem-fraction-static", "0.2"),
+)
+STEPS = 2
+
+
+def has_sglang() -> bool:
+    return bool(os.environ.get(ELSEWHERE)) or importlib.util.find_spec("sglang") is not None
+
+
+def sync_by_ipc(site: Site) -> None:
+    """Two syncs of weights that a step lies between, each compared tensor by tensor (weight_sync.verify=full)."""
+    path, sums = write_start(site)
+    with receiver(site) as url:
+        config = site.config(path)
+        config = replace(
+            config,
+            rollout=RolloutConfig(urls=(url,), context_length=16, max_response_tokens=5),
+            weight_sync=replace(config.weight_sync, transports=("ipc",)),
+        )
+        policy, optimizer = make_trainable(build_model(config, site.parallel, path=str(path)), config.optimizer, 1)
+        fleet = ServerFleet(config)
+        engine = build_engine(config, policy, fleet, SGLangClient((), config.rollout, decode=lambda ids: ""))
+        try:
+            engine.wait_ready()
+            engine.sync(0)
+            train_on(config, policy, optimizer, sums, steps=1)
+            engine.sync(1)
+            assert engine.last_sync is not None and engine.last_sync.transport == "ipc"
+        finally:
+            engine.close()
+            fleet.stop()
+
+
+@contextmanager
+def receiver(site: Site) -> Iterator[str]:
+    """The URL of a fresh one."""
+    out = site.folder / "received"
+    out.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "tests.gpu.ipc_receiver", str(out)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.stdin.close()  # ends it
+        process.wait()
+
+
+def demo_settings(path: os.PathLike[str], run_dir: os.PathLike[str], url: str) -> list[str]:
+    """Of `rpp train` on sums, with weights by IPC."""
+    task = {"kind": "jsonl", "path": f"{path}/problems.jsonl"}
+    settings = {
+        "run.dir": run_dir, "run.steps": STEPS, "model.path": path, "model.dtype": "bfloat16", "model.layer_spec": "te",
+        "model.vocab_divisor": 128, "data.prompt_template": "{expression}=",
+        **{f"data.train.{key}": value for key, value in task.items()},
+        "rollout.num_prompts": 16, "rollout.max_response_tokens": 5, "rollout.context_length": 16, "rollout.urls": url,
+        "algorithm.num_samples_per_prompt": 4, "train.batch_size": 64, "train.micro_batch_tokens": 1024,
+        "optimizer.lr": 1e-5, "weight_sync.transports": "ipc,disk", "eval.interval": 0, "checkpoint.interval": 0,
+    }  # fmt: skip
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def test_weights_reach_a_checking_receiver_by_ipc(site: Site) -> None:
+    sync_by_ipc(site)
+
+
+def test_the_loop_trains_with_a_server_on_its_own_gpu(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_sglang():
+        pytest.skip(f"SGLang is not installed, and {ELSEWHERE} is not set")
+    path, _ = write_start(site)
+    rollout = RolloutConfig(context_length=16, server_args=SERVER_ARGS)
+    server = SGLangServer(str(path), rollout, dtype="bfloat16", log_path=site.folder / "server.txt", device="cuda")
+    ours = dict(os.environ)
+    if elsewhere := os.environ.get(ELSEWHERE):
+        monkeypatch.setenv("PYTHONPATH", elsewhere)
+    with running(server):
+        settings = demo_settings(path, site.folder / "run", server.url)
+        subprocess.run([sys.executable, "-m", "megatron_rpp.cli", "train", *settings], check=True, env=ours)
+    lines = [json.loads(line) for line in (site.folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "ratio/mean" in line]
+    assert len(steps) == STEPS
+    assert all(abs(step["ratio/mean"] - 1) < 1e-2 and math.isfinite(step["grad_norm"]) for step in steps)

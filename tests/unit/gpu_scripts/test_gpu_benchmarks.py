@@ -1,0 +1,68 @@
+"""The GPU benchmarks run whole at toy size on CPU; their figures are of what their keys name."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu import timing, train_step
+from benchmarks.gpu.job import ALL
+from benchmarks.gpu.models import SHAPES, shape
+from megatron_rpp.device.gpus import GPU
+from megatron_rpp.model.cost import sequence_cost
+from tests.support.rank_server import run_ranks
+
+
+def test_all_benchmarks_run_at_toy_size(tmp_path: Path) -> None:
+    run_ranks("benchmarks.gpu.job", ["--tiny", "--repeats", "1"], 1, tmp_path)
+    *table, last = (tmp_path / "logs" / "rank-0.txt").read_text().splitlines()
+    found = json.loads(last)
+    assert [len(found[name]) for name in ALL] == [3, 1, 1]
+    assert {row["path"] for row in found["logprobs"]} == {"naive", "chunked", "fused"}
+    assert found["train_step"][0]["flops"] > 0 and found["ipc_sync"][0]["bytes"] > 100_000
+    assert sum(line.startswith("log-probs ") for line in table) == 3
+
+
+def test_mfu_is_of_the_makers_figure_and_speed_of_the_same_steps_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "gpus", lambda: [GPU("NVIDIA H200", 141 << 30, (9, 0))])
+    found = train_step.against({"flops": 989e12, "seconds": 2.0}, matmul=618.125e12, plain_seconds=3.0)
+    assert found == {"mfu": 0.5, "of_matmul": pytest.approx(0.8), "speedup_over_bf16": 1.5}
+    assert timing.recipes() == ("delayed", "tensorwise", "blockwise")
+
+
+def test_a_gpu_of_unknown_speed_has_no_mfu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "gpus", lambda: [GPU("NVIDIA X1", 1, (9, 0))])
+    assert train_step.against({"flops": 1.0, "seconds": 1.0}, 1.0, None)["mfu"] is None
+
+
+def test_shapes_are_those_of_1b_and_4b_models(tmp_path: Path) -> None:
+    """Twice the weights a token, and attention on top."""
+    for name, weights in (("llama-1b", 1.24e9), ("qwen3-4b", 4.02e9)):
+        assert sequence_cost(shape(name, tmp_path))(1) == pytest.approx(2 * weights, rel=0.02), name
+    assert set(SHAPES) == {"llama-1b", "qwen3-4b", "tiny"}
+
+
+def test_a_microbatch_is_full_of_whole_sequences() -> None:
+    args = argparse.Namespace(tiny=False, length=4096)
+    for tokens in (8192, 32768):
+        config = train_step.config_of("qwen3-4b", tokens, "blockwise", args)
+        assert config.train.batch_size * 4096 == train_step.MICROBATCHES * tokens
+        assert config.memory.recompute == ("full" if tokens == 32768 else "none")
+
+
+def test_what_does_not_fit_is_a_line_and_no_end() -> None:
+    row: dict[str, Any] = {"model": "llama-1b", "tokens": 32768, "recipe": "none", "error": "CUDA out of memory"}
+    assert train_step.line(row).endswith("CUDA out of memory")
+
+
+def test_a_gpu_that_is_not_there_is_said_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu import job
+
+    monkeypatch.setattr(job, "arguments", lambda modules: SimpleNamespace(tiny=False))
+    with pytest.raises(SystemExit, match="no CUDA GPU"):
+        job.main("logprobs")
