@@ -5,7 +5,8 @@
 
 Both start from bfloat16 logits [tokens, vocab] and end with their bfloat16 gradient, at temperature 0.7:
 
-    chunked  vocab_parallel_logprobs, the gradient in the memory of the logits, as in training
+    fused    vocab_parallel_logprobs in compiled kernels, the gradient in the memory of the logits, as in training
+    chunked  the same without a compiler, a chunk of tokens at a time
     copying  the same, the gradient in memory of its own
     naive    log_softmax(logits.float() / temperature), of which the log-probs are gathered and the entropy
              is -sum(exp(.) * .): the same float32 log-probs serve both, and autograd goes back
@@ -13,11 +14,12 @@ Both start from bfloat16 logits [tokens, vocab] and end with their bfloat16 grad
 The entropy is a metric without gradient, the cheaper case for `naive`, unless --entropy-gradient adds an
 entropy bonus to the loss. Each path runs once, in a process of its own. Memory is the peak of its resident
 set (VmHWM) less its resident set just before, with the logits in place: the gradient counts where it needs
-memory.
+memory. What is compiled is so before, and not measured.
 
 On float32 logits of a smaller size, with gradients of both outputs: `difference` is between `chunked` and
 `naive`, `error` between `chunked` and the naive path in float64, `error_of_naive` between the naive paths in
-float32 and float64. The last line is one JSON object; its ratios are chunked / naive.
+float32 and float64. The last line is one JSON object; its ratios are chunked / naive, or fused / naive where they
+say so.
 """
 
 from __future__ import annotations
@@ -58,6 +60,9 @@ def main() -> None:
         "memory_ratio_copying": found["copying"]["peak_bytes"] / naive["peak_bytes"],
         "time_ratio": ours["seconds"] / naive["seconds"],
         "cpu_time_ratio": ours["cpu_seconds"] / naive["cpu_seconds"],
+        "memory_ratio_fused": found["fused"]["peak_bytes"] / naive["peak_bytes"],
+        "time_ratio_fused": found["fused"]["seconds"] / naive["seconds"],
+        "time_ratio_fused_to_chunked": found["fused"]["seconds"] / ours["seconds"],
         **differences(args.chunk_tokens, args.deviation),
     }
     print(f"logits [{args.tokens}, {args.vocab}] bfloat16: {input_bytes / 2**20:.0f} MiB")
@@ -70,7 +75,9 @@ def main() -> None:
     print(json.dumps({**result, **found}))
 
 
-def chunked(logits: Tensor, targets: Tensor, *, chunk_tokens: int, overwrite: bool) -> tuple[Tensor, Tensor]:
+def chunked(
+    logits: Tensor, targets: Tensor, *, chunk_tokens: int, overwrite: bool, fused: bool = False
+) -> tuple[Tensor, Tensor]:
     return vocab_parallel_logprobs(
         logits,
         targets,
@@ -78,6 +85,7 @@ def chunked(logits: Tensor, targets: Tensor, *, chunk_tokens: int, overwrite: bo
         temperature=TEMPERATURE,
         chunk_tokens=chunk_tokens,
         overwrite_logits=overwrite,
+        fused=fused,
     )
 
 
@@ -140,12 +148,13 @@ def run(path: Path, entropy_gradient: bool, inputs: tuple[Tensor, Tensor, Tensor
 
 def _measured(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     paths: dict[str, Path] = {
+        "fused": partial(chunked, chunk_tokens=args.chunk_tokens, overwrite=True, fused=True),
         "chunked": partial(chunked, chunk_tokens=args.chunk_tokens, overwrite=True),
         "copying": partial(chunked, chunk_tokens=args.chunk_tokens, overwrite=False),
         "naive": partial(naive, entropy_gradient=args.entropy_gradient),
     }
     large = partial(make_inputs, args.tokens, args.vocab, torch.bfloat16, args.deviation)
-    small = partial(make_inputs, 8, 64, torch.bfloat16, args.deviation)
+    small = partial(make_inputs, 8, args.vocab, torch.bfloat16, args.deviation)  # kernels are of one vocabulary
     return {name: measure(partial(run, path, args.entropy_gradient), large, small) for name, path in paths.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -23,11 +24,16 @@ from megatron_rpp.config.sources import held_out_sources, training_sources
 from megatron_rpp.data.prompt_source import PromptSource
 from megatron_rpp.data.prompts import load_eval_prompts, load_training_prompts
 from megatron_rpp.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_rpp.device.memory import prepare_allocator
 from megatron_rpp.engine.advantages import ShapingState
+from megatron_rpp.engine.offload import Offload
 from megatron_rpp.engine.optimizer import Optimizer, make_trainable
+from megatron_rpp.engine.score import uses_fused_logprobs
 from megatron_rpp.experience.types import Prompt
-from megatron_rpp.model.build import Model, build_model
+from megatron_rpp.model.build import Model, build_frozen, build_model
 from megatron_rpp.model.hf_mapping import read_hf_config
+from megatron_rpp.observability.memory import PhaseMemory
+from megatron_rpp.observability.profiler import Profiler
 from megatron_rpp.observability.reporter import Reporter
 from megatron_rpp.observability.timers import Timers
 from megatron_rpp.parallel import bootstrap, stop_request
@@ -66,6 +72,7 @@ class Session:
     policy: Model
     reference: Model | None  # None where no KL is used
     optimizer: Optimizer
+    offload: Offload
     rollout_engine: SyncedRolloutEngine
     parity: ParityMonitor
     checkpointer: Checkpointer
@@ -73,12 +80,15 @@ class Session:
     first_step: int
     shaping: ShapingState
     timers: Timers
+    memory: PhaseMemory
+    profiler: Profiler
     watchdog: Watchdog
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A part of a step: timed as time/`name`, and watched."""
-        with self.timers(name), self.watchdog.phase(name, phase_deadline_s(self.config, name)):
+        """A part of a step: timed as time/`name`, its memory noted, named in a profile, and watched."""
+        watched = self.watchdog.phase(name, phase_deadline_s(self.config, name))
+        with self.timers(name), self.memory(name), self.profiler.phase(name), watched:
             yield
 
     def sampling(self, step: int) -> SamplingParams:
@@ -113,7 +123,10 @@ class Session:
             parity=self.parity.state_dict(),
             layout=asdict(self.config.parallel),
         )
-        self.checkpointer.save(self.policy, self.optimizer, state, wait=wait, replace=replace)
+        if self.offload.moves_optimizer:
+            self.rollout_engine.release_memory()  # which would leave no room for it; the next sampling syncs anew
+        with self.offload.saving():
+            self.checkpointer.save(self.policy, self.optimizer, state, self.reference, wait=wait, replace=replace)
 
 
 @contextmanager
@@ -124,16 +137,20 @@ def open_session(config: Config, *, resume: Resume) -> Iterator[Session]:
 
     Raises ValueError for what only the data, the tokenizer or the ranks can tell.
     """
-    parallel = bootstrap.initialize(config.parallel, config.run.seed, longest_wait_s(config), config.run.dir)
+    graphs, wait_s = config.train.cuda_graphs, longest_wait_s(config)
+    parallel = bootstrap.initialize(config.parallel, config.run.seed, wait_s, config.run.dir, graph_generators=graphs)
     start_s = phase_deadline_s(config, "sync")  # servers are waited for, and synced
     watchdog = Watchdog(parallel.store, parallel.place, config.run.dir, config.watchdog, start_s)
     # Other ranks are told of an error before the teardown, and the watchdog outlives it.
     with watchdog, ExitStack() as stack, watchdog.telling():
         stack.callback(bootstrap.shutdown)
+        profiler = Profiler(config.profile, config.run.dir, parallel.rank)
+        uses_fused_logprobs(config.train.fused_logprobs)  # or it cannot be
         tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
         hf = read_hf_config(config.model.path)
         check_vocabulary(tokenizer, hf.vocab_size, config.model.path)
         check_weight_sync(config, hf)
+        prepare_allocator(config, os.environ)
         prompt_source, eval_prompts = _prompt_source(config, tokenizer), load_eval_prompts(config, tokenizer)
         services = stack.enter_context(open_reward_services(config, parallel))
         reward = build_reward(config.reward, training_sources(config.data), services.model_urls)
@@ -147,11 +164,13 @@ def open_session(config: Config, *, resume: Resume) -> Iterator[Session]:
         policy, optimizer = make_trainable(
             build_model(config, parallel, path=config.model.path), config.optimizer, total_optimizer_steps(config)
         )
-        reference = build_model(config, parallel, path=config.model.path) if config.algorithm.uses_reference else None
+        reference = build_frozen(config, parallel, path=config.model.path) if config.algorithm.uses_reference else None
         logger.info("preset %s, estimator %s", config.algorithm.preset, config.algorithm.estimator)
         checkpointer = stack.enter_context(_checkpointer(config, parallel))
-        state = _resume(config, resume, policy, optimizer, prompt_source)
+        state = _resume(config, resume, policy, optimizer, reference, prompt_source)
         first_step, shaping = state.step, ShapingState.from_dict(state.shaping)
+        offload = Offload(config.memory, policy, optimizer, reference)
+        offload.put_away()  # the first sync and the first sampling need the room
         engine = build_engine(config, policy, fleet, client, _journal(config, parallel, resume, first_step))
         stack.callback(engine.close)
         services.wait_ready()
@@ -168,7 +187,8 @@ def open_session(config: Config, *, resume: Resume) -> Iterator[Session]:
             (Path(config.run.dir) / "config.toml").write_text(dump_toml(config))
         yield Session(
             config, parallel, tokenizer, prompt_source, eval_prompts, reward, eval_reward, policy, reference,
-            optimizer, engine, parity, checkpointer, reporter, first_step, shaping, Timers(), watchdog,
+            optimizer, offload, engine, parity, checkpointer, reporter, first_step, shaping, Timers(), PhaseMemory(),
+            profiler, watchdog,
         )  # fmt: skip
 
 
@@ -218,7 +238,12 @@ def _checkpointer(config: Config, parallel: ParallelContext) -> Iterator[Checkpo
 
 
 def _resume(
-    config: Config, resume: Resume, policy: Model, optimizer: Optimizer, prompt_source: PromptSource
+    config: Config,
+    resume: Resume,
+    policy: Model,
+    optimizer: Optimizer,
+    reference: Model | None,
+    prompt_source: PromptSource,
 ) -> RunState:
     """Load the newest whole checkpoint, with this rank's generators. The state of a new run where there is none."""
     path = find_checkpoint(config.run.dir, verify=config.checkpoint.verify) if resume != "no" else None
@@ -226,7 +251,7 @@ def _resume(
         if resume == "yes":
             raise ValueError(f"--resume: run.dir={config.run.dir} holds no complete checkpoint; start without --resume")
         return RunState(0, prompt_source.state_dict(), {})
-    state = load_checkpoint(path, policy, optimizer)
+    state = load_checkpoint(path, policy, optimizer, reference)
     prompt_source.load_state_dict(state.prompts)
     restore_rng(path, is_same_layout=state.layout == asdict(config.parallel), seed=config.run.seed, step=state.step)
     logger.info("resumed from %s", path)

@@ -17,6 +17,7 @@ from megatron_rpp.data.prompts import load_demonstrations
 from megatron_rpp.data.tokenizer import load_tokenizer
 from megatron_rpp.engine.heads import SftHead
 from megatron_rpp.engine.optimizer import make_trainable
+from megatron_rpp.engine.overlap import finish_param_gather
 from megatron_rpp.engine.score import logprob_head
 from megatron_rpp.engine.train_step import global_counts, optimizer_step
 from megatron_rpp.experience.collate import pad_rows
@@ -35,7 +36,9 @@ REPORT_EVERY = 50
 
 def run(config: Config) -> None:
     """Train sft.init on sft.data and write sft.output. Every rank calls it."""
-    parallel = bootstrap.initialize(config.parallel, config.run.seed, run_dir=config.run.dir)
+    parallel = bootstrap.initialize(
+        config.parallel, config.run.seed, run_dir=config.run.dir, graph_generators=config.train.cuda_graphs
+    )
     watchdog = Watchdog(parallel.store, parallel.place, config.run.dir, config.watchdog)
     with watchdog, ExitStack() as stack, watchdog.telling():
         stack.callback(bootstrap.shutdown)
@@ -55,7 +58,7 @@ def _train(config: Config, parallel: ParallelContext, watchdog: Watchdog) -> Non
     for step in range(sft.steps):
         drawn = [order.choice(demonstrations) for _ in range(sft.batch_size)]
         mine = drawn[parallel.dp_rank :: parallel.dp_size]
-        batch = _to_batch(mine, tokenizer.pad_token_id, parallel.device)
+        batch = to_batch(mine, tokenizer.pad_token_id, parallel.device)
         count, _ = global_counts(batch, model)
         head = SftHead(logprob_head(model, config, temperature=1.0), count)
         with watchdog.phase("train"):
@@ -67,6 +70,7 @@ def _train(config: Config, parallel: ParallelContext, watchdog: Watchdog) -> Non
                 f"grad norm {norm:.3f}  lr {optimizer.lr:.2e}  {seconds:.0f} s\n"
             )
             sys.stdout.flush()
+    finish_param_gather(model)
     save_hf(model, sft.init, sft.output, mtp=config.model.mtp)
     logger.info("wrote %s", sft.output)
 
@@ -82,7 +86,8 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
     )
 
 
-def _to_batch(demonstrations: Sequence[Demonstration], pad: int, device: torch.device) -> ExperienceBatch:
+def to_batch(demonstrations: Sequence[Demonstration], pad: int, device: torch.device) -> ExperienceBatch:
+    """One row a demonstration; rewards and groups are of no use here."""
     tokens, loss_mask = pad_rows(demonstrations, pad)
     zeros = torch.zeros(len(demonstrations))
     return ExperienceBatch(

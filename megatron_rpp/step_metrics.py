@@ -20,6 +20,7 @@ def step_metrics(
     and response tokens of all replicas over the whole step.
     """
     local = _replica_metrics(s, batch, rollouts) if s.parallel.is_replica_leader else Metrics()
+    local.merge(s.memory.take_metrics())
     reduced = local.reduce(gather_objects)
     values = reduced.as_dict()
     mean = values["reward/mean"]

@@ -31,7 +31,8 @@ def run(config: Config, *, resume: Resume) -> int:
     with open_session(config, resume=resume) as session:
         training_begins()
         for step in range(session.first_step, config.run.steps):
-            train_on_one_batch(session, step)
+            with session.profiler.step(step):
+                train_on_one_batch(session, step)
             if session.is_asked_to_stop() and step + 1 < config.run.steps:
                 if not is_due(step, config.checkpoint.interval, config.run.steps):
                     session.save(step + 1)
@@ -63,12 +64,12 @@ def train_on_one_batch(s: Session, step: int) -> None:
             pad_token_id=s.tokenizer.pad_token_id,
             device=s.parallel.device,
         )
-        with s.phase("score"):
+        with s.phase("score"), s.offload.scoring():
             batch = score(batch, s.policy, s.reference, s.config)
         with s.phase("parity"):
             parity = s.parity.check(step, batch, share.rollouts)
         batch, s.shaping, advantage_stats = add_advantages(batch, s.config, s.parallel, s.shaping)
-        with s.phase("train"):
+        with s.phase("train"), s.offload.training():
             train_stats = train_step(s.policy, s.optimizer, batch, parity.config)
         with s.phase("sync"):
             s.rollout_engine.sync(policy_version=step + 1)

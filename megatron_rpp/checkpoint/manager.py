@@ -73,18 +73,26 @@ class Checkpointer:
         on_rank_0(lambda: self._fence.check() if self._fence else None, expect=TakenOver, raises=TakenOver)
 
     def save(
-        self, policy: Model, optimizer: Optimizer, state: RunState, *, wait: bool = False, replace: bool = False
+        self,
+        policy: Model,
+        optimizer: Optimizer,
+        state: RunState,
+        reference: Model | None = None,
+        *,
+        wait: bool = False,
+        replace: bool = False,
     ) -> None:
         """Start the checkpoint of `state.step`, after the one before is whole; a whole one of that step is left as is.
 
-        wait: return when it is whole, as without checkpoint.background. replace: also where that step has one.
+        reference: whose FP8 scales are saved, too, where its recipe has a history. wait: return when it is whole, as
+        without checkpoint.background. replace: also where that step has one.
         """
         self.wait()
         final, background = step_folder(self._run_dir, state.step), self._config.background and not wait
         if not replace and gather_objects(final.is_dir() and not damage(final, read=False))[0]:
             return
         folder = self._start(final)
-        snapshot = take_snapshot(sharded_state(policy, optimizer, is_loading=False), copy=background)
+        snapshot = take_snapshot(sharded_state(policy, optimizer, reference, is_loading=False), copy=background)
         dtype, generators = dtype_name(policy.config.params_dtype), rng_state()
 
         def write_small() -> None:

@@ -10,7 +10,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel.random import (
+    convert_cuda_rng_state,
+    get_cuda_rng_tracker,
+    model_parallel_cuda_manual_seed,
+)
 
 from megatron_rpp import device
 
@@ -36,7 +40,10 @@ def rng_state() -> dict[str, Any]:
         "device": device.rng_state(),
         "numpy": [kind, torch.tensor(keys.astype(np.int64)), position, has_gauss, gauss],
         "python": [version, list(numbers), gauss_next],
-        "megatron": {name: state.clone() for name, state in get_cuda_rng_tracker().get_states().items()},
+        # Of CUDA graphs they are generators, not tensors.
+        "megatron": {
+            n: convert_cuda_rng_state(state).clone() for n, state in get_cuda_rng_tracker().get_states().items()
+        },
     }
 
 
@@ -61,7 +68,9 @@ def load_rng(path: Path) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     version, numbers, gauss_next = state["python"]
     random.setstate((version, tuple(numbers), gauss_next))
-    get_cuda_rng_tracker().set_states(state["megatron"])
+    tracker = get_cuda_rng_tracker()
+    of_graphs = tracker.use_cudagraphable_rng
+    tracker.set_states({name: convert_cuda_rng_state(x, of_graphs) for name, x in state["megatron"].items()})
 
 
 def seed_anew(seed: int, step: int) -> None:
@@ -70,4 +79,5 @@ def seed_anew(seed: int, step: int) -> None:
     random.seed(fresh)
     np.random.seed(fresh % 2**32)
     torch.manual_seed(fresh)
-    model_parallel_cuda_manual_seed(fresh, force_reset_rng=True)
+    of_graphs = get_cuda_rng_tracker().use_cudagraphable_rng
+    model_parallel_cuda_manual_seed(fresh, use_cudagraphable_rng=of_graphs, force_reset_rng=True)

@@ -31,6 +31,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from megatron_rpp.model.fp8_params import plain
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -47,9 +49,10 @@ def take_snapshot(sharded: dict[str, Any], *, copy: bool) -> Snapshot:
     """
     sharded, common = save_preprocess(sharded, True)
     parts, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
-    if copy:
-        for part in (part for group in parts.values() for part in group if isinstance(part, ShardedTensor)):
-            part.data = part.data.detach().to("cpu", copy=True)
+    for part in (part for group in parts.values() for part in group if isinstance(part, ShardedTensor)):
+        part.data = plain(part.data)  # FP8 bytes could be read by no other recipe or layout
+        if copy:
+            part.data = part.data.to("cpu", copy=True)
     packed = io.BytesIO()
     torch.save(common, packed)
     return Snapshot(mcore_to_pyt_state_dict(parts, False), packed.getvalue())

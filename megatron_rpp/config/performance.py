@@ -14,7 +14,7 @@ class Fp8Config:
     format: str = "hybrid"
     """hybrid (E4M3 forward, E5M2 gradients) or e4m3 (both)."""
     params: bool = False
-    """Hold the policy's matrices in FP8 alone; the distributed optimizer keeps float32 main weights."""
+    """Hold matrices in FP8 alone (tensorwise, blockwise); the distributed optimizer keeps float32 main weights."""
     bf16_first_layers: int = 0
     """Layers at the start of the model that stay in bfloat16."""
     bf16_last_layers: int = 0

@@ -1,4 +1,4 @@
-"""What only the launching host can tell: is the port free, is the run directory free."""
+"""What only the launching host can tell: is the port free, is the run directory free, does the environment fit."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import socket
 from pathlib import Path
 
+from megatron_rpp.config.allocator import check_allocator
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.schema import Config
 
@@ -27,6 +28,7 @@ def make_folders(config: Config, command: str) -> None:
 
 def check_host(config: Config, *, resume: bool) -> None:
     """For the launcher or rank 0, before anything is spawned or written. Raises ConfigError."""
+    check_allocator(config, os.environ)
     check_port(config)
     check_run_dir(config.run.dir, resume=resume)
 

@@ -8,11 +8,14 @@ from typing import Literal
 from megatron_rpp.config.algorithm_checks import check_algorithm
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.fields import flatten
+from megatron_rpp.config.fp8_checks import check_fp8
+from megatron_rpp.config.memory_checks import check_offload
 from megatron_rpp.config.needs import check_needs
 from megatron_rpp.config.ranges import check_ranges
 from megatron_rpp.config.reward_checks import check_rewards
 from megatron_rpp.config.schema import Config
 from megatron_rpp.config.sources import check_sources
+from megatron_rpp.config.speed_checks import check_speed
 from megatron_rpp.config.templates import DEFAULT, check_template
 from megatron_rpp.config.urls import is_url
 
@@ -31,12 +34,15 @@ def validate(config: Config, command: Command) -> None:
     check_ranges(flatten(config))
     check_template(DEFAULT, config.data.prompt_template)
     check_packing(config)
+    check_fp8(config)
+    check_speed(config)
     if command == "sft":
         _check_sft(config)
         return
     if config.reward.correct == config.reward.wrong:
         raise ConfigError(f"reward.correct={config.reward.correct} must differ from reward.wrong")
     check_algorithm(config)
+    check_offload(config)
     _check_batches(config)
     _check_lengths(config)
     _check_schedule(config)

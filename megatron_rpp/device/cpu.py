@@ -17,6 +17,7 @@ import torch
 import torch.utils._device
 
 CPU = torch.device("cpu")
+torch_compile = torch.compile  # which install() turns off
 
 # Factory functions that megatron calls with device="cuda".
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "zeros_like", "empty_like")

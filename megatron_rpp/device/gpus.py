@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -41,6 +42,14 @@ def software() -> dict[str, str]:
     if torch.version.cuda and torch.distributed.is_nccl_available():
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     return {name: version for name, version in found.items() if version}
+
+
+def package_version(name: str) -> str:
+    """Of an installed package; empty where there is none."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def driver_version() -> str:

@@ -63,6 +63,7 @@ class LogprobHead:
     tp_group: ProcessGroup | None
     softcap: float | None = None  # the model's own, of its logits
     cp_group: ProcessGroup | None = None
+    fused: bool = False  # compiled kernels, which need no chunks
 
     def __call__(self, logits: Tensor, micro: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs, entropy = self.logprobs(logits, micro)
@@ -82,6 +83,7 @@ class LogprobHead:
             softcap=self.softcap,
             chunk_tokens=self.chunk_tokens,
             group=self.tp_group,
+            fused=self.fused,
             overwrite_logits=True,  # Megatron's output layer does not keep them, and only heads read them
         )
         empty = torch.zeros_like(mask)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,14 +13,15 @@ from megatron_rpp.experience.packing import Microbatch, PackingRule, cut, length
 from megatron_rpp.experience.types import ExperienceBatch
 from megatron_rpp.model.build import Model
 from megatron_rpp.model.cost import sequence_cost
+from megatron_rpp.model.fp8 import shares_scales, token_multiple_of
 from megatron_rpp.parallel.collectives import max_over
 
 
 def cut_batch(model: Model, batch: ExperienceBatch, train: TrainConfig) -> list[Microbatch]:
     """At least one microbatch, also of a batch without rows.
 
-    A collective over DP where `_shares_experts`: token dispatchers exchange equally shaped microbatches, and
-    equally many of them.
+    A collective over DP where `_runs_in_step`: token dispatchers exchange equally shaped microbatches, and
+    equally many of them; and FP8's delayed scales are agreed on behind each.
     """
     assert train.micro_batch_tokens or model.parallel.cp_size == 1, "only packed sequences are shared out over CP ranks"
     return _packed(model, batch, train) if train.micro_batch_tokens else _padded(model, batch, train)
@@ -31,7 +34,7 @@ def packing_rule(model: Model, train: TrainConfig) -> PackingRule:
         budget=train.micro_batch_tokens,
         cp_size=parallel.cp_size,
         cp_rank=parallel.cp_rank,
-        unit=parallel.tp_size if model.config.sequence_parallel else 1,
+        unit=_sequence_ranks(model) * token_multiple_of(model.config),
     )
 
 
@@ -56,9 +59,9 @@ def _padded(model: Model, batch: ExperienceBatch, train: TrainConfig) -> list[Mi
         batch,
         size,
         count_multiple=_count_multiple(model),
-        length_multiple=model.parallel.tp_size if model.config.sequence_parallel else 1,
+        length_multiple=_length_multiple(model, size),
         least_rows=rows,
-        least_length=length,
+        least_length=max(length, model.graph_length),
     )
     index = torch.arange(len(batch), device=batch.tokens.device)
     return [padded(piece, index[i * size : (i + 1) * size]) for i, piece in enumerate(pieces)]
@@ -69,14 +72,30 @@ def _count_multiple(model: Model) -> int:
     return model.parallel.pp_size if model.parallel.vpp_size > 1 else 1
 
 
+def _sequence_ranks(model: Model) -> int:
+    """The ranks that share out the positions of a microbatch."""
+    return model.parallel.tp_size if model.config.sequence_parallel else 1
+
+
+def _length_multiple(model: Model, rows: int) -> int:
+    """Of padded rows, so that sequence parallelism splits them evenly and all rows' tokens on a rank suit FP8."""
+    multiple = token_multiple_of(model.config)
+    return _sequence_ranks(model) * (multiple // math.gcd(multiple, rows))
+
+
+def _runs_in_step(model: Model) -> bool:
+    """Whether replicas wait for each other in every microbatch."""
+    return _shares_experts(model) or shares_scales(model.config)
+
+
 def _shares_experts(model: Model) -> bool:
     """Whether tokens of several replicas may meet in the same experts."""
     return model.hf.moe is not None and model.parallel.ep_size * model.parallel.etp_size > 1
 
 
 def _largest(model: Model, sizes: list[int]) -> list[int]:
-    """Each of `sizes`, or the largest among replicas that share experts."""
-    if not _shares_experts(model):
+    """Each of `sizes`, or the largest among replicas that run in step."""
+    if not _runs_in_step(model):
         return sizes
     shape: Tensor = max_over(model.parallel.dp_group)(torch.tensor(sizes, device=model.parallel.device))
     return [int(size) for size in shape.tolist()]

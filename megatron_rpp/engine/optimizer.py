@@ -10,6 +10,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_rpp.config import schema
 from megatron_rpp.engine.loss_scale import use_plain_gradient_sum
+from megatron_rpp.engine.overlap import overlap_gradient_sums
 from megatron_rpp.model.build import Model
 from megatron_rpp.model.shards import sharded_parameters
 
@@ -30,15 +31,24 @@ class Optimizer:
 def make_trainable(model: Model, config: schema.OptimizerConfig, total_steps: int) -> tuple[Model, Optimizer]:
     """Wrap `model` for training: (the model with DDP chunks, its optimizer). `total_steps`: optimizer steps."""
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=config.distributed, overlap_grad_reduce=False
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.distributed,
+        overlap_grad_reduce=config.overlap_grad_reduce,
+        overlap_param_gather=config.overlap_param_gather,
+        fp8_param_gather=bool(model.config.fp8_param),
     )
     _reduce_experts_apart(model)
     chunks = [
-        DistributedDataParallel(config=model.config, ddp_config=ddp_config, module=chunk) for chunk in model.chunks
+        # Of interleaved chunks the first alone is summed in parts: the others' backward is followed by more work.
+        DistributedDataParallel(config=model.config, ddp_config=ddp_config, module=chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(model.chunks)
     ]
     for chunk in chunks:
-        chunk.broadcast_params()
+        if not model.config.fp8_param:  # every rank has read the same weights, and NCCL knows no FP8 tensors
+            chunk.broadcast_params()
     use_plain_gradient_sum(model.config)
+    if config.overlap_grad_reduce:
+        overlap_gradient_sums(model.config, chunks)
     megatron = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -51,7 +61,9 @@ def make_trainable(model: Model, config: schema.OptimizerConfig, total_steps: in
             clip_grad=config.clip_grad,
             bf16=model.config.bf16,
             params_dtype=model.config.params_dtype,
+            fp8_recipe=model.config.fp8_recipe if model.config.fp8_param else None,
             use_distributed_optimizer=config.distributed,
+            overlap_param_gather=config.overlap_param_gather,
         ),
         chunks,
         use_gloo_process_groups=False,

@@ -36,6 +36,10 @@ def run_pipeline(
     parallel = model.parallel
     microbatches = cut_batch(model, batch, train)
     iterators = [iter(microbatches) for _ in model.chunks]
+    if model.graph_length:
+        for chunk in model.chunks:
+            # Megatron records graphs in training mode and only then; its first pass must not be one without a backward.
+            chunk.train(not forward_only)
     outputs = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, head),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],

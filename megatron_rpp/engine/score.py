@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
+from functools import cache, partial
 
 import torch
 
+from megatron_rpp import device
 from megatron_rpp.config.schema import Config
+from megatron_rpp.device.compiler import why_no_kernels
+from megatron_rpp.engine.fp8_scales import settle_scales
 from megatron_rpp.engine.heads import LogitsHead, LogprobHead
 from megatron_rpp.engine.pipeline import run_pipeline
 from megatron_rpp.experience.types import ExperienceBatch
 from megatron_rpp.model.build import Model
 
+logger = logging.getLogger(__name__)
+
 
 def score(batch: ExperienceBatch, policy: Model, reference: Model | None, config: Config) -> ExperienceBatch:
     """`batch` with old_logprobs, entropy and, of a reference, ref_logprobs; each [B, S] float32, on every stage."""
     width = batch.tokens.shape[1]
+    for model in (policy, reference) if reference is not None else (policy,):
+        settle_scales(model, partial(_score_one, batch, config=config))
     of_policy = _score_one(batch, policy, config)
     of_reference = _score_one(batch, reference, config)["logprobs"][:, :width] if reference is not None else None
     return replace(
@@ -42,7 +51,21 @@ def logprob_head(model: Model, config: Config, temperature: float) -> LogprobHea
         tp_group=model.parallel.tp_group if model.parallel.tp_size > 1 else None,
         softcap=model.hf.logits_softcap,
         cp_group=model.parallel.cp_group if model.parallel.cp_size > 1 else None,
+        fused=uses_fused_logprobs(config.train.fused_logprobs),
     )
+
+
+@cache
+def uses_fused_logprobs(setting: str) -> bool:
+    """What train.fused_logprobs means on this host. ValueError where `on` cannot be."""
+    if setting == "off" or (setting == "auto" and not device.has_cuda()):
+        return False
+    missing = why_no_kernels()
+    if missing and setting == "on":
+        raise ValueError(f"train.fused_logprobs=on cannot be here: {missing}; or set it to off")
+    if missing:
+        logger.warning("log-probs are not fused (train.fused_logprobs=auto): %s", missing)
+    return not missing
 
 
 def _score_one(batch: ExperienceBatch, model: Model, config: Config) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_rpp.config.schema import AlgorithmConfig, Config, TrainConfig
 from megatron_rpp.engine.heads import ALL_POSITIONS, REAL_POSITIONS, Head, PolicyHead
 from megatron_rpp.engine.optimizer import Optimizer
+from megatron_rpp.engine.overlap import finish_param_gather
 from megatron_rpp.engine.pipeline import run_pipeline
 from megatron_rpp.engine.score import logprob_head
 from megatron_rpp.experience.types import ExperienceBatch
@@ -43,6 +44,7 @@ def train_step(policy: Model, optimizer: Optimizer, batch: ExperienceBatch, conf
             all_sums.append(sums)
             counts.append(count)
             norms.append(norm)
+    finish_param_gather(policy)
     if not counts:
         raise ValueError("no response of this step has a token; look at its rollouts and at the stop tokens")
     real, run = (sum(sums.pop(name) for sums in all_sums) for name in (REAL_POSITIONS, ALL_POSITIONS))

@@ -54,7 +54,7 @@ class PackingRule:
     budget: int  # tokens a microbatch; a longer sequence is alone
     cp_size: int = 1
     cp_rank: int = 0
-    unit: int = 1  # each CP rank's tokens are a multiple of it: of tp_size under sequence parallelism
+    unit: int = 1  # each CP rank's tokens are a multiple of it: tp_size under sequence parallelism, and more for FP8
 
     @property
     def slot_multiple(self) -> int:

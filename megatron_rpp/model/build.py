@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -11,6 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rpp import device
 from megatron_rpp.config.schema import Config
+from megatron_rpp.model.fp8 import check_can_compute
+from megatron_rpp.model.fp8_params import is_fp8
 from megatron_rpp.model.hf_config import HFConfig
 from megatron_rpp.model.hf_mapping import read_hf_config
 from megatron_rpp.model.hf_mapping.mtp import without_mtp
@@ -31,14 +33,16 @@ class Model:
     hf: HFConfig
     config: TransformerConfig
     parallel: ParallelContext
+    graph_length: int = 0  # positions of every row where layers are replayed as CUDA graphs; 0: they are not
 
 
 def build_model(config: Config, parallel: ParallelContext, *, path: str) -> Model:
     """The model in `path`, a Hugging Face or a converted Megatron directory, split as config.parallel says.
 
-    Raises ValueError where the architecture, the layer spec or a tensor of the directory does not fit.
+    Raises ValueError where the architecture, the layer spec, the GPU or a tensor of the directory does not fit.
     """
     hf = read_hf_config(path)
+    check_can_compute(config, resolve_layer_spec(config.model.layer_spec))
     model = build_empty(hf, config, parallel)
     if is_megatron_directory(path):
         load_megatron_weights(model.chunks, path)
@@ -55,6 +59,15 @@ def build_model(config: Config, parallel: ParallelContext, *, path: str) -> Mode
     return model
 
 
+def build_frozen(config: Config, parallel: ParallelContext, *, path: str) -> Model:
+    """`build_model` of what is never trained: where its parameters are FP8, Transformer Engine keeps neither their
+    transposes, which the backward would want, nor the values that an optimizer would start from. Its layers are not
+    replayed as CUDA graphs: Megatron captures those in a training step."""
+    config = replace(config, train=replace(config.train, cuda_graphs=False))
+    with torch.no_grad():
+        return build_model(config, parallel, path=path)
+
+
 def build_empty(hf: HFConfig, config: Config, parallel: ParallelContext, *, mtp: bool = False) -> Model:
     """The model of shape `hf`, split as config.parallel says, with weights yet to be loaded.
 
@@ -64,7 +77,8 @@ def build_empty(hf: HFConfig, config: Config, parallel: ParallelContext, *, mtp:
     transformer = transformer_config(hf, config)
     layer_spec = resolve_layer_spec(config.model.layer_spec)
     chunks = [_build_chunk(hf, config, transformer, layer_spec, parallel, i) for i in range(parallel.vpp_size)]
-    return Model(chunks, hf, transformer, parallel)
+    graph_length = config.rollout.context_length if config.train.cuda_graphs else 0
+    return Model(chunks, hf, transformer, parallel, graph_length)
 
 
 def padded_vocab_size(hf: HFConfig, config: Config) -> int:
@@ -96,7 +110,8 @@ def _build_chunk(
         rotary_percent=hf.rope.fraction,
         mtp_block_spec=mtp_spec(transformer, block, layer_spec, vp_stage) if hf.num_mtp_layers else None,
         vp_stage=vp_stage,
-    ).to(device.current())
+    )
+    _move(model, device.current())
     install_rotary(model, hf)
     set_latent_epsilon(model)
     if hf.embedding_scale != 1.0 and model.pre_process:
@@ -104,3 +119,14 @@ def _build_chunk(
         scale = torch.tensor(hf.embedding_scale, dtype=transformer.params_dtype).item()
         model.embedding.register_forward_hook(lambda module, inputs, embedded: embedded * scale)
     return model
+
+
+def _move(model: torch.nn.Module, where: torch.device) -> None:
+    """`model.to(where)`, but for modules with FP8 parameters, which are made on the GPU.
+
+    torch would swap such a parameter for a new one, without what Megatron and Transformer Engine have attached to it:
+    its TP attributes and the values that the main weights start from.
+    """
+    for module in model.modules():
+        if not any(is_fp8(parameter) for parameter in module.parameters(recurse=False)):
+            module._apply(lambda tensor: tensor.to(where), recurse=False)

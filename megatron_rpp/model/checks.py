@@ -5,17 +5,24 @@ from __future__ import annotations
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.layout_words import by_keys
 from megatron_rpp.config.schema import Config, ParallelConfig
+from megatron_rpp.model.fp8_shapes import check_fp8_shapes
 from megatron_rpp.model.hf_config import HFConfig, MoE
 from megatron_rpp.model.hf_mapping import read_hf_config
+from megatron_rpp.model.speed import check_speed_of_model
 
 
 def check_model(config: Config, command: str) -> None:
     """What `rpp train` or `rpp sft` asks of its model's config.json. Raises ConfigError."""
     if command == "sft":
-        check_split(config.parallel, read_hf_config(config.sft.init, "sft.init"))
+        initial = read_hf_config(config.sft.init, "sft.init")
+        check_split(config.parallel, initial)
+        check_fp8_shapes(config, initial)
+        check_speed_of_model(config, initial)
         return
     hf = read_hf_config(config.model.path)
     check_split(config.parallel, hf)
+    check_fp8_shapes(config, hf)
+    check_speed_of_model(config, hf)
     check_lengths(config, hf)
     server_tensor = config.rollout.server_tensor
     attaches = config.rollout.urls or config.rollout.urls_file  # those say their size themselves

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_rpp.model.build import Model
+from megatron_rpp.model.fp8_params import plain
 from megatron_rpp.model.hf_io.safetensors_writer import Entry
 from megatron_rpp.model.hf_mapping import family_of
 from megatron_rpp.model.shards import ShardedParameter, sharded_parameters
@@ -17,7 +18,7 @@ from megatron_rpp.parallel.collectives import gather_shards
 
 def hf_tensors(
     model: Model,
-    value_of: Callable[[ShardedParameter], Tensor | None] = lambda item: item.parameter.detach(),
+    value_of: Callable[[ShardedParameter], Tensor | None] = lambda item: plain(item.parameter),
     gather: Callable[[Tensor, ProcessGroup], list[Tensor]] = gather_shards,
 ) -> Iterator[tuple[str, Tensor]]:
     """This pipeline stage's tensors under their Hugging Face names, whole.
@@ -51,7 +52,10 @@ def empty_hf_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
     def alike(shard: Tensor, group: ProcessGroup) -> list[Tensor]:
         return [shard] * group.size()
 
-    return hf_tensors(model, lambda item: torch.empty_like(item.parameter, device="meta"), alike)
+    def empty(item: ShardedParameter) -> Tensor:  # not of the parameter's own class, which may be FP8
+        return torch.empty(item.parameter.shape, dtype=item.parameter.dtype, device="meta")
+
+    return hf_tensors(model, empty, alike)
 
 
 def entries_of(tensors: Iterator[tuple[str, Tensor]]) -> list[Entry]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import logging
+from functools import lru_cache
 
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -15,18 +18,35 @@ from megatron_rpp.device import without_te
 from megatron_rpp.model.hf_config import HFConfig
 from megatron_rpp.model.layers.attention import SDPACoreAttention
 from megatron_rpp.model.layers.features import add_features
-from megatron_rpp.model.layers.mla import use_local_mla
+from megatron_rpp.model.layers.mla import use_local_mla, use_spec_mla
 from megatron_rpp.model.layers.norms import RMSNorm
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_layer_spec(choice: str) -> str:
-    """`te` or `local` for the config's `auto | te | local`. ValueError where `te` cannot run."""
-    can_run_te = device.has_cuda() and importlib.util.find_spec("transformer_engine") is not None
-    if choice == "te" and not can_run_te:
-        raise ValueError("model.layer_spec=te needs CUDA and transformer-engine; use auto or local")
-    if choice == "auto":
-        return "te" if can_run_te else "local"
-    return choice
+    """`te` or `local` for the config's `auto | te | local`. ValueError where `te` cannot run, with the reason."""
+    if choice == "local" or (choice == "auto" and not device.has_cuda()):
+        return "local"
+    missing = _missing_for_te() if device.has_cuda() else "a GPU, and this process sees none"
+    if missing and choice == "te":
+        raise ValueError(f"model.layer_spec=te needs {missing}; use auto or local")
+    return "local" if missing else "te"
+
+
+@lru_cache(maxsize=1)  # so that `auto` warns once
+def _missing_for_te() -> str:
+    """What keeps Transformer Engine's layers from running on a GPU, in words; empty: nothing."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "transformer-engine, which is not installed"
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    # A library that is built for another torch or CUDA ends its import in many ways: OSError, RuntimeError, ...
+    except Exception as error:
+        reason = f"transformer-engine, which is installed and cannot be imported: {str(error) or type(error).__name__}"
+        logger.warning("model.layer_spec: local layers, as the others need %s", reason)
+        return reason
+    return ""
 
 
 def block_spec(
@@ -38,6 +58,8 @@ def block_spec(
 
         block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
         for layer in block.layer_specs:
+            if config.multi_latent_attention:
+                use_spec_mla(layer.submodules)
             add_features(layer, hf, config, norm=block.layer_norm)
         return block
     without_te.correct_megatron()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_rpp.model.fp8_params import fill
 from megatron_rpp.model.hf_config import HFConfig
 from megatron_rpp.model.hf_io.tensors import HFTensors
 from megatron_rpp.model.hf_mapping import family_of
@@ -54,8 +55,7 @@ def load_hf_weights(
         except (RuntimeError, ValueError) as error:
             found = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(hf_names, parts, strict=True))
             raise ValueError(f"{path}: {found} do not fit its config.json: {error}") from error
-        with torch.no_grad():
-            item.parameter.copy_(value)
+        fill(item.parameter, value)
 
 
 def require_tied(tensors: HFTensors, hf: HFConfig) -> None:

@@ -13,9 +13,11 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
 from megatron.core.dist_checkpointing.mapping import CheckpointingException, ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from megatron_rpp.model.fp8_params import fill, is_fp8
 from megatron_rpp.parallel.collectives import gather_errors
 
 _BACKEND, _INDEX = "metadata.json", ".metadata"  # Megatron's file and torch's
@@ -64,14 +66,19 @@ def load_megatron_weights(chunks: Sequence[torch.nn.Module], path: str | Path) -
         error = str(caught)
     if failed := gather_errors(error):
         raise ValueError(failed)
+    force_all_tensors_to_non_fp8(state)  # from 0.19 on Megatron would else quantize what it reads
     try:
         loaded = dist_checkpointing.load(state, str(path))
     # CheckpointException is a BaseException of torch that carries every rank's error.
     except (CheckpointException, CheckpointingException, RuntimeError, OSError, KeyError) as caught:
         raise ValueError(f"{path} cannot be loaded: {_reason(caught)}; convert or copy it again") from caught
     for i, model in enumerate(models):
-        missing, unexpected = model.load_state_dict(loaded[f"model{i}"], strict=False)
-        lost = [name for name in missing if not name.endswith("_extra_state")]
+        found = loaded[f"model{i}"]
+        for name, parameter in model.named_parameters():
+            if is_fp8(parameter) and name in found:  # `load_state_dict` sees to all others
+                fill(parameter, found.pop(name))
+        missing, unexpected = model.load_state_dict(found, strict=False)
+        lost = [name for name in missing if not name.endswith("_extra_state") and not is_fp8(model.get_parameter(name))]
         assert not lost and not unexpected, f"sharded_state_dict gave no {lost}, and too much: {unexpected}"
 
 

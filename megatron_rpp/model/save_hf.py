@@ -56,7 +56,8 @@ def save_hf(
     def finish() -> None:
         write_index(partial, plan.files)
         changes = mtp_changes(source, [entry.name for _, entries in plan.files for entry in entries])
-        dtype, quantization = dtype_name(export.main_dtype), quantization_config() if export.is_fp8 else None
+        dtype = dtype_name(export.main_dtype)
+        quantization = quantization_config(export.bf16_layers) if export.is_fp8 else None
         copy_model_files(
             Path(source), partial, dtype=dtype, include_code=include_code, quantization=quantization, changes=changes
         )

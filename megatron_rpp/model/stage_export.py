@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from megatron.core.fp8_utils import is_first_last_bf16_layer
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -23,7 +24,8 @@ class StageExport:
     """How `model` is exported. `tensors` may be run again and again.
 
     dtype: of all but what keeps its own (a router's selection bias); None: as the model holds it;
-    float8_e4m3fn: the projections in 128 x 128 blocks beside their scales, the rest in bfloat16.
+    float8_e4m3fn: the projections in 128 x 128 blocks beside their scales, the rest in bfloat16. A model that is
+    trained in such blocks has theirs, and the layers that it keeps in bfloat16 stay so.
     gather: the equally shaped shards of a group's ranks. watch: sees each tensor before anyone else.
     """
 
@@ -42,6 +44,11 @@ class StageExport:
         if self.dtype is None:
             return self.model.config.params_dtype
         return torch.bfloat16 if self.is_fp8 else self.dtype
+
+    @property
+    def bf16_layers(self) -> list[int]:
+        """Layers that training in FP8 leaves out."""
+        return [i for i in range(self.model.hf.num_layers) if is_first_last_bf16_layer(self.model.config, i)]
 
     def tensors(self) -> Iterator[NamedTensor]:
         """Every tensor of the stage. A collective as `hf_tensors` is: run it to its end.
@@ -70,17 +77,20 @@ class StageExport:
             yield from self._converted(name, tensor)
 
     def _converted(self, name: str, tensor: Tensor) -> list[NamedTensor]:
-        if self.is_fp8 and is_quantized(name, tensor.shape):
-            return list(zip((name, name + SCALE_SUFFIX), _quantized(name, tensor), strict=True))
+        if self.is_fp8 and is_quantized(name, tensor.shape, self.bf16_layers):
+            config = self.model.config
+            is_trained_so = bool(config.fp8) and config.fp8_recipe == "blockwise"
+            pair = _quantized(name, tensor, power_of_two=is_trained_so)
+            return list(zip((name, name + SCALE_SUFFIX), pair, strict=True))
         if self.dtype is None or family_of(self.model.hf).keeps_dtype(name):
             return [(name, tensor)]
         return [(name, tensor.to(self.main_dtype))]
 
 
-def _quantized(name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
+def _quantized(name: str, tensor: Tensor, *, power_of_two: bool) -> tuple[Tensor, Tensor]:
     if tensor.is_meta:
         return tensor.to(torch.float8_e4m3fn), tensor.new_empty(scale_shape(tensor.shape), dtype=torch.float32)
     try:
-        return quantize(tensor)
+        return quantize(tensor, power_of_two=power_of_two)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error

@@ -11,15 +11,18 @@ from torch import Tensor
 
 from megatron_rpp import device
 from megatron_rpp.config.schema import Config, ParallelConfig
+from megatron_rpp.model.fp8 import fp8_settings
+from megatron_rpp.model.fusions import fusion_settings
 from megatron_rpp.model.hf_config import HFConfig
 from megatron_rpp.model.layer_spec import resolve_layer_spec
 from megatron_rpp.model.layers.rotary import attention_scale
 from megatron_rpp.model.mla_config import mla_settings, wants_qk_layernorm
 from megatron_rpp.model.moe_config import moe_settings
+from megatron_rpp.model.speed import speed_settings
 
 
 def transformer_config(hf: HFConfig, config: Config) -> TransformerConfig:
-    """Megatron's configuration of `hf`, without dropout and without fusions that need apex."""
+    """Megatron's configuration of `hf`, without dropout."""
     dtype = device.dtype(config.model.dtype)
     layer_spec = resolve_layer_spec(config.model.layer_spec)
     kind = TransformerConfig if hf.mla is None else MLATransformerConfig
@@ -52,18 +55,15 @@ def transformer_config(hf: HFConfig, config: Config) -> TransformerConfig:
         bf16=dtype == torch.bfloat16,
         calculate_per_token_loss=True,  # see engine/loss_scale.py
         use_cpu_initialization=not device.has_cuda(),
-        gradient_accumulation_fusion=False,  # raises without apex, even with Transformer Engine
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        persist_layer_norm=False,
-        apply_rope_fusion=False,
-        batch_p2p_comm=device.has_cuda(),  # gloo pairs isend and irecv by order only
         mtp_num_layers=hf.num_mtp_layers or None,
         **_split_settings(config.parallel),
+        **_exchange_settings(config.parallel),
         **_shape_settings(hf, config),
         **moe_settings(hf, config.parallel, layer_spec),
         **mla_settings(hf, config.parallel, layer_spec),
+        **fusion_settings(hf, layer_spec),
+        **fp8_settings(config.fp8, layer_spec),
+        **speed_settings(config, layer_spec),
     )
 
 
@@ -77,6 +77,20 @@ def _split_settings(parallel: ParallelConfig) -> dict[str, Any]:
         "num_layers_in_last_pipeline_stage": parallel.last_stage_layers or None,
         "sequence_parallel": parallel.sequence,
         "context_parallel_size": parallel.context,
+    }
+
+
+def _exchange_settings(parallel: ParallelConfig) -> dict[str, Any]:
+    """How neighbouring stages exchange tensors.
+
+    A batch pairs sends and receives of two ranks by their order alone. Where two interleaved stages are each other's
+    predecessor and successor, that hands them each other's tensors; so interleaved stages on GPUs exchange one by
+    one while they compute, as Megatron's own training script has them. gloo has no other pairing than by order.
+    """
+    interleaved = parallel.virtual_pipeline > 1
+    return {
+        "batch_p2p_comm": device.has_cuda() and not interleaved,
+        "overlap_p2p_comm": device.has_cuda() and interleaved,
     }
 
 

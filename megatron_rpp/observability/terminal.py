@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron_rpp.observability.held_out import mean_accuracy
+from megatron_rpp.observability.memory import largest_peak
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -36,6 +37,8 @@ COLUMNS = (
     Column("tokens/s", "tokens_per_second", ",.0f"),
     Column("sync s", "time/sync", ".2f"),
 )
+MEMORY = Column("GiB", "memory/largest", ".0f")
+"""Of the fullest GPU, in the phase that takes most. On CPU, where nobody counts, there is no such column."""
 
 
 class Terminal:
@@ -46,6 +49,7 @@ class Terminal:
         self._first, self._last = first_step, last_step
         self._start = time.monotonic()
         self._rows: list[list[str]] = []
+        self._columns: tuple[Column, ...] = COLUMNS
         self._progress = ""
         self._live: Any = _live(self._out) if self._out.isatty() else None
 
@@ -56,9 +60,11 @@ class Terminal:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show one finished step."""
-        cells = _cells(step, metrics, self._remaining_s(step))
+        if largest_peak(metrics) is not None:
+            self._columns = (*COLUMNS, MEMORY)
+        cells = _cells(step, metrics, self._remaining_s(step), self._columns)
         if self._live is None:
-            titles = ["step", *(column.title for column in COLUMNS), "ETA"]
+            titles = ["step", *(column.title for column in self._columns), "ETA"]
             pairs = zip(titles, cells, strict=True)
             self._out.write("  ".join(f"{title} {cell}" for title, cell in pairs) + "\n")
             self._out.flush()
@@ -90,13 +96,13 @@ class Terminal:
 
     def _refresh(self) -> None:
         if self._live is not None:
-            self._live.update(_table(self._rows, self._progress), refresh=True)
+            self._live.update(_table(self._rows, self._progress, self._columns), refresh=True)
 
 
-def _cells(step: int, metrics: Mapping[str, float], remaining_s: float) -> list[str]:
-    held_out = mean_accuracy(metrics)
-    shown = metrics if held_out is None else {**metrics, "eval/accuracy": held_out}
-    values = (format(shown[c.key], c.form) if c.key in shown else "-" for c in COLUMNS)
+def _cells(step: int, metrics: Mapping[str, float], remaining_s: float, columns: Sequence[Column]) -> list[str]:
+    derived = {"eval/accuracy": mean_accuracy(metrics), MEMORY.key: largest_peak(metrics)}
+    shown = {**metrics, **{key: value for key, value in derived.items() if value is not None}}
+    values = (format(shown[c.key], c.form) if c.key in shown else "-" for c in columns)
     return [str(step), *values, _duration(remaining_s)]
 
 
@@ -113,13 +119,20 @@ def _live(out: TextIO) -> Any:
     return Live(console=Console(file=out), auto_refresh=False)
 
 
-def _table(rows: list[list[str]], progress: str) -> RenderableType:
+def _table(rows: list[list[str]], progress: str, columns: Sequence[Column]) -> RenderableType:
     from rich import box
     from rich.table import Table
 
     # No lines between the columns: all of them must fit in 80 characters.
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), caption=progress or None, caption_justify="left")
-    for title in ("step", *(column.title for column in COLUMNS), "ETA"):
+    table = Table(
+        box=box.SIMPLE,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        caption=progress or None,
+        caption_justify="left",
+    )
+    for title in ("step", *(column.title for column in columns), "ETA"):
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(*row)

@@ -24,13 +24,19 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 def initialize(
-    config: ParallelConfig, seed: int, longest_wait_s: float = 0.0, run_dir: str | None = None
+    config: ParallelConfig,
+    seed: int,
+    longest_wait_s: float = 0.0,
+    run_dir: str | None = None,
+    *,
+    graph_generators: bool = False,
 ) -> ParallelContext:
     """Join the job, build Megatron's process groups and seed its generators.
 
     The launcher is found by its variables (environment.py); ranks that srun started meet in `run_dir`. The ranks may
-    wait `longest_wait_s` for one of them (that samples, say) and a while longer before a collective gives up. Raises
-    ConfigError where the environment contradicts itself, on every rank that can know.
+    wait `longest_wait_s` for one of them (that samples, say) and a while longer before a collective gives up.
+    `graph_generators`: such as can be in CUDA graphs. Raises ConfigError where the environment contradicts itself, on
+    every rank that can know.
     """
     place = find_job() or single_place()
     assert place.world_size == config.world_size, "cli checks it for the user"
@@ -42,7 +48,7 @@ def initialize(
     dist.init_process_group(
         device.backend(), store=store, rank=place.rank, world_size=place.world_size, timeout=timeout
     )
-    return megatron_groups(config, seed, store, place)
+    return megatron_groups(config, seed, store, place, graph_generators=graph_generators)
 
 
 def _meet(place: JobPlace, store: dist.Store) -> JobPlace:
@@ -57,7 +63,9 @@ def _meet(place: JobPlace, store: dist.Store) -> JobPlace:
     return replace(place, attempt=here.attempt)
 
 
-def megatron_groups(config: ParallelConfig, seed: int, store: dist.Store, place: JobPlace) -> ParallelContext:
+def megatron_groups(
+    config: ParallelConfig, seed: int, store: dist.Store, place: JobPlace, *, graph_generators: bool = False
+) -> ParallelContext:
     """Megatron's process groups over those of torch, and its seeded generators."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -71,7 +79,7 @@ def megatron_groups(config: ParallelConfig, seed: int, store: dist.Store, place:
         expert_tensor_parallel_size=config.expert_tensor,
         create_gloo_process_groups=False,
     )
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=graph_generators, force_reset_rng=True)
     return ParallelContext(
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),

@@ -2,6 +2,7 @@
 
 Only one chunk's float32 logits exist at once, forward and backward: the forward keeps the logits as
 they came plus three numbers a token, and the backward recomputes the softmax chunk by chunk.
+`fused_logprobs` needs no chunks, where a compiler is at hand.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from megatron_rpp.parallel.fused_logprobs import FusedLogprobs
+
 
 def vocab_parallel_logprobs(
     logits: Tensor,
@@ -27,6 +30,7 @@ def vocab_parallel_logprobs(
     chunk_tokens: int = 64,
     group: ProcessGroup | None = None,
     overwrite_logits: bool = False,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target token and entropy of each distribution, in nats.
 
@@ -48,13 +52,16 @@ def vocab_parallel_logprobs(
             second [N, V_padded / tp_size]. For logits that nobody reads after the backward: another
             operation that saved them, or a second backward, raises RuntimeError; a read outside of
             autograd finds the gradient. Under torch.no_grad it changes nothing.
+        fused: one compiled pass forward and one backward (`fused_logprobs`), without float32 logits in memory;
+            `chunk_tokens` then has no meaning.
 
     Returns:
         logprobs [T] float32 and entropy [T] float32, both with gradient, once differentiable.
     """
     assert len(targets) == len(logits if rows is None else rows), "one target for each row that predicts one"
-    result: tuple[Tensor, Tensor] = _VocabParallelLogprobs.apply(
-        logits, targets, rows, vocab_size, temperature, softcap, chunk_tokens, group, overwrite_logits
+    model, own = (logits, targets, rows, vocab_size, temperature, softcap), (group, overwrite_logits)
+    result: tuple[Tensor, Tensor] = (
+        FusedLogprobs.apply(*model, *own) if fused else _VocabParallelLogprobs.apply(*model, chunk_tokens, *own)
     )
     return result
 

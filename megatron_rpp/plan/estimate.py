@@ -13,6 +13,7 @@ from megatron_rpp.model.checks import check_lengths, check_split
 from megatron_rpp.model.hf_config import HFConfig
 from megatron_rpp.model.hf_mapping import read_hf_config
 from megatron_rpp.model.hf_mapping.mtp import without_mtp
+from megatron_rpp.model.server_weights import server_dtype
 from megatron_rpp.plan.memory import GRADIENT, RESERVE_BYTES, Plan, Servers
 from megatron_rpp.plan.parts import count_parts, kinds_of
 from megatron_rpp.plan.stages import stage_memory
@@ -43,7 +44,7 @@ def plan(config: Config, gpus: int | None = None) -> Plan:
         layout=parallel,
         total_parameters=total,
         stages=stages,
-        servers=_servers(config, total),
+        servers=_servers(config, hf, total),
     )
     return replace(found, warnings=tuple(warnings_of(found, given)))
 
@@ -63,7 +64,7 @@ def least_bytes(config: Config, total: int, experts: int) -> float:
     """
     parallel = config.parallel
     held = (total - experts) / parallel.tensor + experts / (parallel.expert * parallel.expert_tensor)
-    copies = 2 if config.algorithm.uses_reference else 1
+    copies = 2 if config.algorithm.uses_reference and "reference" not in config.memory.offload else 1
     each = copies * device.dtype(config.model.dtype).itemsize + GRADIENT
     return held / parallel.pipeline * each + RESERVE_BYTES
 
@@ -93,10 +94,9 @@ def shares_gpus(config: Config) -> bool:
     return not (config.rollout.urls or config.rollout.urls_file or config.slurm.rollout_nodes)
 
 
-def _servers(config: Config, total: int) -> Servers | None:
+def _servers(config: Config, hf: HFConfig, total: int) -> Servers | None:
     rollout = config.rollout
     if not shares_gpus(config):
         return None
     width = {"float32": 4, "bfloat16": 2, "float8": 1}
-    name = config.model.dtype if config.weight_sync.dtype == "auto" else config.weight_sync.dtype
-    return Servers(total * width[name] // rollout.server_tensor, rollout.release_memory)
+    return Servers(total * width[server_dtype(config, hf)] // rollout.server_tensor, rollout.release_memory)

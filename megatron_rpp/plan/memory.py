@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_rpp.config.schema import ParallelConfig
+from megatron_rpp.engine.host_copy import BLOCK_BYTES
 
 GIB = 2**30
 GRADIENT = 4  # bytes: `grad_reduce_in_fp32`
@@ -21,6 +22,7 @@ class StageMemory:
     num_layers: int
     parameters: int  # how many this rank holds
     parameter_bytes: int  # with the padding of Megatron's buffers
+    copies_bytes: int  # of its matrices in FP8, which Transformer Engine keeps; of the reference's with the reference
     gradient_bytes: int
     optimizer_bytes: int
     reference_bytes: int
@@ -28,17 +30,34 @@ class StageMemory:
     logits_bytes: int  # those of one microbatch, and what their log-probs and the loss keep; the last stage's
     working_bytes: int  # of the moment: float32 logits of a chunk, a weight's gradient, what is sent to the next stage
     sync_bytes: int
+    offloaded: tuple[str, ...] = ()  # memory.offload
 
     @property
     def resident_bytes(self) -> int:
-        """What is there all the time."""
-        return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes + self.reference_bytes
+        """What is there all the time, or would be if nothing were off-loaded."""
+        parts = self.gradient_bytes + self.optimizer_bytes + self.reference_bytes
+        return self.parameter_bytes + self.copies_bytes + parts
+
+    @property
+    def sampling_bytes(self) -> int:
+        """While servers sample, and in a weight sync."""
+        return self.resident_bytes - self._away("gradients", "optimizer", "reference") + self.sync_bytes
 
     @property
     def peak_bytes(self) -> int:
-        """The most at once: in a forward-backward pass, or in a weight sync."""
-        training = self.activation_bytes + self.logits_bytes + self.working_bytes
-        return self.resident_bytes + max(training, self.sync_bytes)
+        """The most at once: in a forward-backward pass, in scoring, or in a weight sync."""
+        scoring = self.logits_bytes + self.working_bytes - self._away("gradients", "optimizer")
+        training = self.activation_bytes + self.logits_bytes + self.working_bytes - self._away("reference")
+        return max(self.resident_bytes + max(scoring, training), self.sampling_bytes)
+
+    @property
+    def host_bytes(self) -> int:
+        """Of page-locked host memory, for what is off-loaded; gradients are dropped."""
+        return sum(-(-self._away(name) // BLOCK_BYTES) * BLOCK_BYTES for name in ("optimizer", "reference"))
+
+    def _away(self, *names: str) -> int:
+        """Of `names` those that are off-loaded."""
+        return sum(int(getattr(self, f"{name.removesuffix('s')}_bytes")) for name in names if name in self.offloaded)
 
 
 @dataclass(frozen=True)
@@ -67,6 +86,11 @@ class Plan:
         return max(self.stages, key=lambda stage: stage.peak_bytes)
 
     @property
+    def host_bytes(self) -> int:
+        """Page-locked host memory of a node, if all its ranks are like the worst."""
+        return max(stage.host_bytes for stage in self.stages) * min(self.gpus_per_node, self.gpus)
+
+    @property
     def needed_bytes(self) -> int:
         """Of one GPU, for the worst rank and what shares its GPU."""
         alone = max(stage.peak_bytes for stage in self.stages) + RESERVE_BYTES
@@ -86,5 +110,5 @@ class Plan:
         """The trainer's bytes while servers sample."""
         assert self.servers is not None
         sleeps = self.servers.sleep_while_training
-        held = max(stage.resident_bytes + stage.sync_bytes if sleeps else stage.peak_bytes for stage in self.stages)
+        held = max(stage.sampling_bytes if sleeps else stage.peak_bytes for stage in self.stages)
         return held + RESERVE_BYTES

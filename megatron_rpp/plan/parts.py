@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
 from megatron_rpp import device
+from megatron_rpp.config.performance import MemoryConfig
 from megatron_rpp.config.schema import Config, ModelConfig, ParallelConfig
 from megatron_rpp.model.build import Model, build_empty
 from megatron_rpp.model.hf_config import HFConfig, without_values
@@ -22,12 +23,20 @@ from megatron_rpp.model.hf_mapping.mtp import without_mtp
 from megatron_rpp.model.shards import sharded_parameters
 from megatron_rpp.plan.fake_rank import fake_rank
 from megatron_rpp.plan.microbatch import MicrobatchShape, largest_microbatch
-from megatron_rpp.plan.saved import EvenRouting, as_transformer_engine, packed_params, saved_bytes
+from megatron_rpp.plan.saved import (
+    EvenRouting,
+    as_transformer_engine,
+    packed_params,
+    recompute_core_attention,
+    saved_bytes,
+)
 
 EMBEDDING, NORM, OUTPUT = "embedding", "final_layernorm", "output_layer"
 Kind = tuple[bool, bool]  # of a layer: has experts, has a sliding window
 # Copies on each TP rank with Transformer Engine; the local layers, which are counted, split them.
 _COPIED_BY_TE = (".linear_q_down_proj.", ".linear_kv_down_proj.")
+# Of memory.recompute_modules; the others' outputs alone are dropped, which is little, and is counted as kept.
+_RECOMPUTED = {"core_attn", "mlp", "moe", "shared_experts"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class Part:
     dense: tuple[int, ...] = ()  # elements of each parameter, in the module's order
     experts: tuple[int, ...] = ()  # those of single experts, which other ranks share
     saved: int = 0  # bytes that autograd keeps of one microbatch
+    matrices: int = 0  # elements, of all, that FP8 recipes compute with
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,7 @@ class Parts:
     output: Part  # of a tied model: without the weight, which the embedding has
     logits: int  # elements of a microbatch's [b, S, V / tp_size]; packed [1, T / cp_size, V / tp_size]
     hidden: int  # elements of what a stage hands on for a microbatch
+    recomputed: int = 0  # bytes that a layer's backward computes again, of one microbatch, at most
 
 
 def kinds_of(hf: HFConfig) -> list[Kind]:
@@ -72,7 +83,24 @@ def count_parts(hf: HFConfig, config: Config) -> Parts:
         context=parallel.context,
         data=_least_data(parallel),
     )
-    return _count(without_values(without_mtp(hf)), model, small, largest_microbatch(config), as_te)
+    count = partial(_count, without_values(without_mtp(hf)), model, small, largest_microbatch(config), as_te)
+    all_kept, memory = count(MemoryConfig()), _counted(config.memory)
+    if memory == MemoryConfig():
+        return all_kept
+    found = count(memory)
+    again = max(0, *(all_kept.layers[kind].saved - layer.saved for kind, layer in found.layers.items()))
+    # A layer may keep its input in another type alone; computed again, it has both.
+    return replace(found, recomputed=again + found.hidden * device.dtype(config.model.dtype).itemsize)
+
+
+def _counted(memory: MemoryConfig) -> MemoryConfig:
+    """What of `memory` changes the activations that are kept, and nothing else: a key of the cache."""
+    if memory.recompute == "full":
+        return MemoryConfig(recompute="full")
+    modules = tuple(sorted(_RECOMPUTED & set(memory.recompute_modules)))
+    if memory.recompute == "none" or not modules:
+        return MemoryConfig()
+    return MemoryConfig(recompute="selective", recompute_modules=modules)
 
 
 def _least_data(parallel: ParallelConfig) -> int:
@@ -82,14 +110,22 @@ def _least_data(parallel: ParallelConfig) -> int:
 
 
 @lru_cache(maxsize=256)
-def _count(hf: HFConfig, model: ModelConfig, parallel: ParallelConfig, shape: MicrobatchShape, as_te: bool) -> Parts:
+def _count(
+    hf: HFConfig,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    shape: MicrobatchShape,
+    as_te: bool,
+    memory: MemoryConfig,
+) -> Parts:
     kinds = sorted(set(kinds_of(hf)))
-    config = Config(model=model, parallel=parallel)
+    config = Config(model=model, parallel=parallel, memory=memory)
     with fake_rank(parallel) as context:
         built = build_empty(_with_layers(hf, kinds), config, context)
         (chunk,) = built.chunks
         if as_te:
             as_transformer_engine(chunk)
+        recompute_core_attention(chunk)
         saved, logits = _saved_by_part(chunk, hf, shape)
     names = [EMBEDDING, *(f"layers.{i}" for i in range(len(kinds))), NORM, OUTPUT]
     copies = parallel.tensor if as_te else 1
@@ -117,10 +153,13 @@ def _part(model: Model, name: str, saved: int, copies: int) -> Part:
     def size(item: Any) -> int:
         return int(item.parameter.numel()) * (copies if any(part in item.name for part in _COPIED_BY_TE) else 1)
 
+    is_layer = name.startswith("layers.")
+    matrices = [item for item in held if is_layer and item.parameter.dim() > 1 and ".router." not in item.name]
     return Part(
         tuple(size(item) for item in held if not item.is_expert),
         tuple(size(item) for item in held if item.is_expert),
         saved,
+        sum(size(item) for item in matrices),
     )
 
 

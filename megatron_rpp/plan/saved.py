@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -63,6 +65,10 @@ class EvenRouting(TorchFunctionMode):
         if name == "masked_select":
             self._chosen = round(args[0].numel() * self._share)
             return _Selected.apply(args[0], args[1], self._chosen)
+        if name == "sum" and args[0].dtype == torch.bool:  # Megatron-Core 0.19 (November 2026) counts the mask first
+            self._chosen = round(args[0].numel() * self._share)
+        if name == "item" and args[0].is_meta:
+            return self._chosen
         if name == "tolist" and args[0].is_meta:  # slots of packed sequences are known
             experts = len(args[0])
             return [(self._chosen + i) // experts for i in range(experts)]
@@ -83,6 +89,19 @@ def as_transformer_engine(model: torch.nn.Module) -> None:
             module.forward = _Norm.apply  # type: ignore[method-assign]
         elif isinstance(module, SDPACoreAttention) and module.softcap is None:
             module.forward = _core_attention  # type: ignore[method-assign]
+
+
+def recompute_core_attention(model: torch.nn.Module) -> None:
+    """As memory.recompute_modules=core_attn has it. Megatron's way reads the kind of mask back from a tensor, which on
+    the meta device has no value."""
+    for module in model.modules():
+        if getattr(module, "checkpoint_core_attention", False):
+            module._checkpointed_attention_forward = partial(_checkpointed, module)  # type: ignore[assignment]
+
+
+def _checkpointed(module: Any, query: Tensor, key: Tensor, value: Tensor, *mask: Any, **options: Any) -> Any:
+    forward = lambda *qkv: module.core_attention(*qkv, *mask, **options)  # noqa: E731
+    return tensor_parallel.checkpoint(forward, False, query, key, value)
 
 
 def _core_attention(query: Tensor, key: Tensor, value: Tensor, *unused: Any, **also_unused: Any) -> Tensor:

@@ -13,6 +13,7 @@ from megatron_rpp.config.schema import Config
 from megatron_rpp.model.hf_config import HFConfig
 from megatron_rpp.model.transformer_config import transformer_config
 from megatron_rpp.plan.buffers import lay_out
+from megatron_rpp.plan.fp8_weights import fp8_weights
 from megatron_rpp.plan.in_flight import chunks_in_flight
 from megatron_rpp.plan.memory import GRADIENT, StageMemory
 from megatron_rpp.plan.microbatch import largest_microbatch, num_microbatches
@@ -36,19 +37,22 @@ def _stage(hf: HFConfig, config: Config, parts: Parts, stage: int, layers: Seque
     in_flight = chunks_in_flight(parallel, stage, num_microbatches(config))
     parameters, lengths, updated = _buffers(hf, config, chunks, stage)
     main = 0 if size == 4 else 4  # a float32 copy of each parameter
+    fp8 = fp8_weights(config, _matrices(hf, config, parts, layers))
     is_last = stage == parallel.pipeline - 1
     return StageMemory(
         stage=stage,
         num_layers=sum(len(held) for held in layers),
         parameters=parameters,
-        parameter_bytes=(lengths if config.optimizer.distributed else parameters) * size,
+        parameter_bytes=(lengths if config.optimizer.distributed else parameters) * size - fp8.narrower,
+        copies_bytes=fp8.copies,
         gradient_bytes=lengths * GRADIENT,
         optimizer_bytes=updated * (main + 2 * _MOMENT),
-        reference_bytes=parameters * size if config.algorithm.uses_reference else 0,
+        reference_bytes=parameters * size - fp8.narrower + fp8.copies if config.algorithm.uses_reference else 0,
         activation_bytes=sum(n * part.saved for n, chunk in zip(in_flight, chunks, strict=True) for part in chunk),
         logits_bytes=_kept_logits(config, parts, size) if is_last else 0,
         working_bytes=_working(hf, config, parts, chunks, in_flight, is_last=is_last),
         sync_bytes=2 * config.weight_sync.bucket_mb * MIB,
+        offloaded=config.memory.offload,
     )
 
 
@@ -76,6 +80,13 @@ def _parts_of(hf: HFConfig, config: Config, parts: Parts, stage: int, chunk: int
         output = replace(parts.output, dense=parts.embedding.dense) if copied else parts.output
         held = [*held, parts.norm, output]
     return held
+
+
+def _matrices(hf: HFConfig, config: Config, parts: Parts, layers: Sequence[range]) -> int:
+    """Elements on a rank of a stage that FP8 computes with: all matrices but those of layers that stay in bfloat16."""
+    kinds, fp8 = kinds_of(hf), config.fp8
+    narrow = range(fp8.bf16_first_layers, hf.num_layers - fp8.bf16_last_layers)
+    return sum(parts.layers[kinds[i]].matrices for held in layers for i in held if i in narrow)
 
 
 def _buffers(hf: HFConfig, config: Config, chunks: Sequence[Sequence[Part]], stage: int) -> tuple[int, int, int]:
@@ -115,11 +126,13 @@ def _working(
     *,
     is_last: bool,
 ) -> int:
-    """The larger of log-probs and a weight's gradient; Megatron's schedules hold a stage's outputs beside them."""
+    """The larger of log-probs and a weight's gradient; and a stage's outputs, which Megatron's schedules hold beside
+    them. A layer that is computed again may take more, but not beside logits, which are gone by then."""
     size = device.dtype(config.model.dtype).itemsize
     gradient = max(n for chunk in chunks for part in chunk for n in (*part.dense, *part.experts)) * size
     tokens = largest_microbatch(config).tokens
     chunk_tokens = min(config.train.logprob_chunk_tokens, tokens)
     logprobs = chunk_tokens * parts.logits // tokens * (8 if hf.logits_softcap is None else 12) if is_last else 0
     handed_on = in_flight[:-1] if is_last else in_flight
-    return max(gradient, logprobs) + sum(handed_on) * parts.hidden * size
+    again = gradient + parts.recomputed - (_kept_logits(config, parts, size) if is_last else 0)
+    return max(gradient, again, logprobs) + sum(handed_on) * parts.hidden * size

@@ -34,14 +34,16 @@ class Suggestion:
 
 
 def suggest(config: Config, gpus: int, gpu_bytes: float) -> Suggestion | None:
-    """The one setting that helps most if one is enough; else the smallest layout that fits; else more GPUs; else None.
+    """The one setting that helps most if one is enough, of those that cost no time first; else the smallest layout that
+    fits; else more GPUs; else None.
 
     A layout that is wholly unset is not changed setting by setting: its smallest one is looked for at once.
     """
     if config.parallel != ParallelConfig(data=config.parallel.data):
-        fitting = list(_fitting(config, gpus, gpu_bytes, _single_changes(config)))
-        if fitting:
-            return min(fitting, key=lambda found: found.plan.needed_bytes)
+        for changes in (_single_changes(config), _slower_changes(config)):
+            fitting = list(_fitting(config, gpus, gpu_bytes, changes))
+            if fitting:
+                return min(fitting, key=lambda found: found.plan.needed_bytes)
     size = gpus
     while size <= _LARGEST_JOB:
         if (layout := smallest_layout(config, size, gpu_bytes)) is not None:
@@ -80,6 +82,15 @@ def _single_changes(config: Config) -> Iterator[dict[str, Any]]:
             yield {"parallel.tensor": parallel.tensor * factor}
         if config.rollout.server_tensor * factor <= per_node:
             yield {"rollout.server_tensor": config.rollout.server_tensor * factor}
+
+
+def _slower_changes(config: Config) -> Iterator[dict[str, Any]]:
+    """What trades time for memory on the same layout."""
+    parts = ("optimizer", "gradients", *(["reference"] if config.algorithm.uses_reference else []))
+    yield {"memory.recompute": "full"}
+    yield {"memory.offload": parts}
+    if shares_gpus(config):
+        yield {"memory.offload": parts, "rollout.release_memory": True}
 
 
 def _reliefs(config: Config, gpus: int) -> Iterator[dict[str, Any]]:
@@ -154,4 +165,6 @@ def _powers(limit: int) -> list[int]:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(value)
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -24,9 +24,12 @@ from megatron_rpp.parallel.context import ParallelContext
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"version-(\d+)\.replica-\d+\.jsonl")
-_SECTIONS = ("model", "algorithm", "schedule", "reward", "data", "train", "optimizer")
+_SECTIONS = ("model", "algorithm", "schedule", "reward", "data", "train", "optimizer", "fp8")
 _OF_ROLLOUT = ("num_prompts", "max_response_tokens", "context_length", "temperature", "top_p")
-_LAYOUT = {"train": ("micro_batch_size", "micro_batch_tokens", "logprob_chunk_tokens"), "optimizer": ("distributed",)}
+_LAYOUT = {
+    "train": ("micro_batch_size", "micro_batch_tokens", "logprob_chunk_tokens", "fused_logprobs", "cuda_graphs"),
+    "optimizer": ("distributed", "overlap_grad_reduce", "overlap_param_gather"),
+}
 
 
 def journal_folder(run_dir: str | Path) -> Path:

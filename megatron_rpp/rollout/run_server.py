@@ -6,8 +6,9 @@ from pathlib import Path
 
 from megatron_rpp import device
 from megatron_rpp.config.schema import Config
+from megatron_rpp.model.server_weights import server_weights
 from megatron_rpp.rollout.in_server.delta_loader import LOADER
-from megatron_rpp.rollout.server_command import HOST, server_dtype
+from megatron_rpp.rollout.server_command import HOST
 from megatron_rpp.rollout.sglang_server import SGLangServer
 
 
@@ -16,11 +17,12 @@ def run_server(config: Config, index: int, log_name: str, *, base_gpu: int, host
 
     log_name: its file in RUN_DIR/logs. base_gpu: the first of its GPUs. host: the address that it listens on.
     """
-    rollout = config.rollout
+    rollout, (dtype, bf16_layers) = config.rollout, server_weights(config)
     return SGLangServer(
         model_path=config.model.path,
         rollout=rollout,
-        dtype=server_dtype(config),
+        dtype=dtype,
+        bf16_layers=bf16_layers,
         log_path=Path(config.run.dir) / "logs" / log_name,
         host=host,
         device="cuda" if device.has_cuda() else "cpu",

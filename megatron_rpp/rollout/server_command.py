@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from megatron_rpp.config.allocator import for_server
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.rollout import RolloutConfig
-from megatron_rpp.config.schema import Config
 from megatron_rpp.device import sglang_cpu
 from megatron_rpp.model.hf_io import fp8_blocks
 from megatron_rpp.parallel.interfaces import choose_interfaces
@@ -37,11 +37,6 @@ CPU_FLAGS = (
 )
 
 
-def server_dtype(config: Config) -> str:
-    """Type of the servers' weights: float32, bfloat16 or float8."""
-    return config.model.dtype if config.weight_sync.dtype == "auto" else config.weight_sync.dtype
-
-
 def server_command(
     model_path: str,
     rollout: RolloutConfig,
@@ -53,14 +48,18 @@ def server_command(
     trust_remote_code: bool = False,
     base_gpu: int = 0,
     weight_loader: str | None = None,
+    bf16_layers: Collection[int] = (),
 ) -> list[str]:
-    """The command; `rollout.server_args` come last, so that they win. Raises ConfigError for float8 on CPU."""
+    """The command; `rollout.server_args` come last, so that they win. Raises ConfigError for float8 on CPU.
+
+    bf16_layers: those that are not float8 where the others are.
+    """
     command = [
         *(sys.executable, "-m", "sglang.launch_server"),
         *("--model-path", model_path),
         *("--host", host, "--port", str(port)),
         *("--device", device),
-        *_weight_flags(model_path, dtype, device),
+        *_weight_flags(model_path, dtype, device, bf16_layers),
         *("--tp-size", str(rollout.server_tensor)),
         *("--context-length", str(rollout.context_length)),
         "--skip-tokenizer-init",  # token ids go in and come out; the trainer decodes
@@ -80,7 +79,7 @@ def server_command(
     return [*command, *rollout.server_args]
 
 
-def _weight_flags(model_path: str, dtype: str, device: str) -> list[str]:
+def _weight_flags(model_path: str, dtype: str, device: str, bf16_layers: Collection[int]) -> list[str]:
     """The type of the weights; and none are loaded where the first sync must bring them."""
     if dtype == "float8":
         if device == "cpu":
@@ -88,7 +87,7 @@ def _weight_flags(model_path: str, dtype: str, device: str) -> list[str]:
                 "weight_sync.dtype=float8 needs servers on GPUs: SGLang has no FP8 kernels for CPUs here; "
                 "choose auto, float32 or bfloat16"
             )
-        override = json.dumps({"quantization_config": fp8_blocks.quantization_config()})
+        override = json.dumps({"quantization_config": fp8_blocks.quantization_config(bf16_layers)})
         return ["--dtype", "bfloat16", "--load-format", "dummy", "--json-model-override-args", override]
     if not any(Path(model_path).glob("*.safetensors")) and not any(Path(model_path).glob("*.bin")):
         return ["--dtype", dtype, "--load-format", "dummy"]  # a Megatron directory
@@ -102,14 +101,14 @@ def server_environment(
     host: str = HOST,
     model_package: str | None = None,
 ) -> dict[str, str]:
-    """The environment `base` without the rank in it; on CPU with the stand-ins and one thread a rank.
+    """`base` without the rank in it, and as config.allocator wants it; on CPU with the stand-ins and one thread a rank.
 
     host: the address that the server listens on; trainers on other hosts reach its weight-update groups there, too.
     model_package: modules of model classes that go before SGLang's own.
     """
     env = {
         name: value
-        for name, value in base.items()
+        for name, value in for_server(base, rollout).items()
         if name not in _TRAINER_ONLY and not name.startswith(_TRAINER_ONLY_PREFIXES)
     }
     env["PYTHONUNBUFFERED"] = "1"  # the log's last lines matter when the server dies

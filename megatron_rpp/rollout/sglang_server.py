@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import psutil
@@ -44,6 +44,7 @@ class SGLangServer:
         rollout: RolloutConfig,
         *,
         dtype: str,
+        bf16_layers: Collection[int] = (),  # of float8 servers
         log_path: Path,
         host: str = HOST,  # the address of this host that it listens on
         device: str = "cpu",
@@ -67,6 +68,7 @@ class SGLangServer:
                 trust_remote_code=trust_remote_code,
                 base_gpu=base_gpu,
                 weight_loader=weight_loader,
+                bf16_layers=bf16_layers,
             )
         )
         self._port = self._wanted_port

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.schema import Config
 from megatron_rpp.model.build import Model
 from megatron_rpp.model.hf_config import HFConfig
+from megatron_rpp.model.server_weights import server_dtype, why_other_values
 from megatron_rpp.rollout.fleet import ServerFleet
 from megatron_rpp.rollout.journal import Journal
 from megatron_rpp.rollout.sglang_client import SGLangClient
@@ -22,9 +25,14 @@ from megatron_rpp.weight_sync.server_layout import ServerLayout
 from megatron_rpp.weight_sync.synced_engine import SyncedRolloutEngine
 from megatron_rpp.weight_sync.transport import Transport
 
+logger = logging.getLogger(__name__)
+
+_FLOAT32_SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"  # of Transformer Engine
+
 
 def check_weight_sync(config: Config, hf: HFConfig) -> None:
     """What can be told before servers and models are there. Raises ConfigError."""
+    _check_float8(config, hf)
     if config.weight_sync.verify != "off":
         ServerLayout(hf)
     if "ipc" in config.weight_sync.transports and not device.has_cuda():
@@ -36,14 +44,27 @@ def build_engine(
 ) -> SyncedRolloutEngine:
     """fleet: on rank 0. journal: on replica leaders, or nowhere."""
     transports = [build_transport(name, config) for name in config.weight_sync.transports]
-    return SyncedRolloutEngine(policy, fleet, client, transports, config, export_dtype(config), journal)
+    return SyncedRolloutEngine(policy, fleet, client, transports, config, export_dtype(config, policy.hf), journal)
 
 
-def export_dtype(config: Config) -> torch.dtype | None:
+def export_dtype(config: Config, hf: HFConfig) -> torch.dtype | None:
     """What weights are converted to on their way to the servers; None: they stay as they are."""
-    names = {"auto": None, "float8": torch.float8_e4m3fn}
-    name = config.weight_sync.dtype
-    return names[name] if name in names else device.dtype(name)
+    name = server_dtype(config, hf)
+    if name == "float8":
+        return torch.float8_e4m3fn
+    return None if config.weight_sync.dtype == "auto" else device.dtype(name)
+
+
+def _check_float8(config: Config, hf: HFConfig) -> None:
+    """Says where FP8 servers would not compute with the trainer's values, or auto has none for that. ConfigError."""
+    if config.fp8.recipe == "blockwise" and os.environ.get(_FLOAT32_SCALES, "0") != "0":
+        raise ConfigError(
+            f"fp8.recipe=blockwise must go without {_FLOAT32_SCALES}: servers get powers of two as scales"
+        )
+    chosen, reason = config.weight_sync.dtype, why_other_values(config, hf)
+    if reason is not None and chosen in ("auto", "float8"):
+        what = f"are {server_dtype(config, hf)}" if chosen == "auto" else "differ from the trainer's"
+        logger.info("weight_sync.dtype=%s: the servers' weights %s, since %s", chosen, what, reason)
 
 
 def build_transport(name: str, config: Config) -> Transport:

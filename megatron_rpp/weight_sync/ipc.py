@@ -7,9 +7,11 @@ need be. Where there are no GPUs (in tests) the same requests carry the bytes.
 from __future__ import annotations
 
 import base64
+import io
 import pickle
 import socket
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from urllib.parse import urlsplit
 
 from megatron_rpp.weight_sync.export import Bucket, stage_buckets, tensors_of
@@ -65,10 +67,20 @@ def _serialized(bucket: Bucket) -> str:
     named = tensors_of(bucket)
     if not bucket.parts[0].is_cuda:
         return base64.b64encode(pickle.dumps(named)).decode()
-    # Its reductions name a GPU by its UUID, so that trainer and server may number theirs differently.
-    from sglang.srt.utils import MultiprocessingSerializer
-    from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
+    _name_gpus_by_uuid()
+    payload = io.BytesIO()
+    ForkingPickler(payload).dump(named)
+    return base64.b64encode(payload.getvalue()).decode()
 
+
+def _name_gpus_by_uuid() -> None:
+    """Have handles name a GPU by its UUID, so that trainer and server may number theirs differently.
+
+    SGLang's own patch of torch: its servers understand it. Where SGLang stands on another path than the trainer
+    (docs/gpu.md) the number itself goes, which they understand too: then both must see the same GPUs in one order.
+    """
+    try:
+        from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
+    except ImportError:
+        return
     monkey_patch_torch_reductions()
-    text: str = MultiprocessingSerializer.serialize(named, output_str=True)
-    return text

@@ -146,8 +146,8 @@ class SyncedRolloutEngine:
         return []
 
     def release_memory(self) -> None:
-        """Servers on the trainer's GPUs give their memory back until the next sync (rollout.release_memory)."""
-        if self._rollout.release_memory:
+        """Servers on the trainer's GPUs give their memory back until the next sync (rollout.release_memory), once."""
+        if self._rollout.release_memory and not self._fleet.has_released_memory:
             self._fleet.release_memory()
 
     def close(self) -> None:

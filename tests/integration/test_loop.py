@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -141,6 +142,8 @@ def test_packed_sequences_train_on_context_parallel_ranks_of_two_replicas(tiny_m
     layout = ["--parallel.pipeline=1", "--parallel.context=2", "--parallel.data=2", "--train.micro_batch_tokens=96"]
     # A random model earns nothing; the entropy bonus moves it.
     more = ["--rollout.max_response_tokens=8", "--eval.interval=0", "--algorithm.entropy_coef=0.1"]
+    more += ["--profile.steps=1", "--profile.ranks=0,3", "--memory.recompute=full"]
+    more += ["--optimizer.overlap_grad_reduce=true", "--optimizer.overlap_param_gather=true"]
     command = [sys.executable, "-m", "megatron_rpp.cli", "train", str(tmp_path / "run.toml"), *layout, *more]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -152,6 +155,11 @@ def test_packed_sequences_train_on_context_parallel_ranks_of_two_replicas(tiny_m
         groups = Counter(r["prompt_id"] for replica in (0, 1) for r in read_rollouts(tmp_path / "run", number, replica))
         assert len(groups) == 20 and set(groups.values()) == {8}
     assert len(steps) == 2 and abs(steps[1]["kl/mean"]) > 1e-4, "the policy has not moved"
+    traces = sorted((tmp_path / "run" / "profile").iterdir())
+    assert [path.name for path in traces] == ["step-1-rank-0.json.gz", "step-1-rank-3.json.gz"]
+    with gzip.open(traces[0]) as file:
+        named = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert named >= {"rollout", "reward", "balance", "score", "train", "sync"}
 
 
 def read_rollouts(run_dir: Path, step: int, replica: int = 0) -> list[dict[str, Any]]:

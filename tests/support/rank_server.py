@@ -51,6 +51,7 @@ def _server() -> subprocess.Popen[str]:
 
 
 def main() -> None:
+    import megatron_rpp.device  # noqa: F401 - before any module that imports megatron
     from tests.support.forked_ranks import run_forked
 
     replies = os.fdopen(os.dup(1), "w", buffering=1)

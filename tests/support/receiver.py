@@ -41,7 +41,6 @@ class Receiver:
         self._version = "default"
         self._tensors: dict[str, Tensor] = {}
         self._bucket_sizes: list[int] = []  # of the last session, in bytes
-        self._bucket = tensor_bucket().FlattenedTensorBucket
 
     def endpoints(self) -> dict[str, Callable[[Reply], Reply]]:
         """By path. What is missing here is answered by 404."""
@@ -85,7 +84,7 @@ class Receiver:
     def _take(self, body: Reply) -> Reply:
         if not (self._is_open and self._is_paused):
             raise Refused("weights came outside an update session, or while generation was not paused")
-        bucket = self._bucket.empty(body["names"], body["dtypes"], body["shapes"], "cpu")
+        bucket = tensor_bucket().FlattenedTensorBucket.empty(body["names"], body["dtypes"], body["shapes"], "cpu")
         flat, named = bucket.get_flattened_tensor(), bucket.reconstruct_tensors()
         for tensor in [flat] if body["load_format"] == "flattened_bucket" else [tensor for _, tensor in named]:
             dist.broadcast(tensor, src=0, group=self._groups[body["group_name"]])

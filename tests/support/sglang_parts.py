@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import re
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +35,21 @@ def tensor_bucket() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def layer_skipper() -> Callable[[str, list[str]], bool]:
+    """SGLang's is_layer_skipped(module, what modules_to_not_convert says) alone; its file imports kernels."""
+    package = importlib.util.find_spec("sglang")
+    assert package is not None and package.submodule_search_locations, "sglang is not installed"
+    path = Path(package.submodule_search_locations[0], "srt/layers/quantization/utils.py")
+    wanted = ("_module_path_match", "_FALLBACK_FUSED_SHARDS", "is_layer_skipped")
+    tree = ast.parse(path.read_text())
+    names = {id(node): getattr(node, "name", getattr(getattr(node, "target", None), "id", "")) for node in tree.body}
+    tree.body = [node for node in tree.body if isinstance(node, ast.ImportFrom) or names[id(node)] in wanted]
+    tree.body = [node for node in tree.body if not getattr(node, "module", "").startswith("sglang")]
+    found: dict[str, Any] = {}
+    exec(compile(tree, str(path), "exec"), found)
+    return cast(Callable[[str, list[str]], bool], found["is_layer_skipped"])
 
 
 def custom_process_group(

@@ -10,8 +10,10 @@ import pytest
 
 from megatron_rpp import train
 from megatron_rpp.config.schema import Config
+from megatron_rpp.engine.advantages import ShapingState
 from megatron_rpp.parallel import own_failure
 from megatron_rpp.parallel.exit_codes import TakenOver
+from megatron_rpp.session import Session
 
 
 @pytest.fixture
@@ -56,3 +58,42 @@ def test_a_job_that_was_replaced_writes_no_metrics(session: MagicMock) -> None:
     session.rollout_engine.sync.assert_called_once()  # it came to the end of its step
     session.reporter.step.assert_not_called()
     session.save.assert_not_called()
+
+
+def test_servers_wake_only_when_the_trainer_has_left_their_gpus(session: MagicMock) -> None:
+    done: list[str] = []
+
+    @contextmanager
+    def noted(name: str) -> Iterator[None]:
+        done.append(name)
+        yield
+        done.append(f"end of {name}")
+
+    session.offload.scoring, session.offload.training = lambda: noted("scoring"), lambda: noted("training")
+    session.rollout_engine.release_memory.side_effect = lambda: done.append("servers sleep")
+    session.rollout_engine.sync.side_effect = lambda policy_version: done.append("sync")
+    train.score.side_effect = lambda *_: done.append("score")  # type: ignore[attr-defined]
+    train.train_step.side_effect = lambda *_: done.append("train") or {}  # type: ignore[attr-defined]
+    train.train_on_one_batch(session, 0)
+    scored = ["servers sleep", "scoring", "score", "end of scoring"]
+    assert done == [*scored, "training", "train", "end of training", "sync"]
+
+
+@pytest.mark.parametrize("moves_optimizer", [True, False])
+def test_a_checkpoint_has_the_optimizer_back_in_room_that_servers_have_left(
+    session: MagicMock, moves_optimizer: bool
+) -> None:
+    done: list[str] = []
+
+    @contextmanager
+    def saving() -> Iterator[None]:
+        done.append("optimizer back")
+        yield
+        done.append("optimizer away")
+
+    session.shaping, session.offload.saving = ShapingState(), saving
+    session.offload.moves_optimizer = moves_optimizer
+    session.rollout_engine.release_memory.side_effect = lambda: done.append("servers sleep")
+    session.checkpointer.save.side_effect = lambda *_, **options: done.append("save")
+    Session.save(session, 1)
+    assert done == ["servers sleep"] * moves_optimizer + ["optimizer back", "save", "optimizer away"]

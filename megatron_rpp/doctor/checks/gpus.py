@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from megatron_rpp.config.fp8_recipes import why_not
 from megatron_rpp.config.schema import Config
 from megatron_rpp.doctor.finding import Finding, faults, most_common
 from megatron_rpp.doctor.job import Job
@@ -15,10 +16,11 @@ _BF16, _FP8 = (8, 0), (8, 9)
 
 
 def measure() -> list[dict[str, Any]]:
-    """The GPUs of this node that the job may use."""
-    from megatron_rpp.device.gpus import gpus  # imports torch
+    """The GPUs of this node that the job may use, each with the versions of CUDA and Transformer Engine there."""
+    from megatron_rpp.device.gpus import gpus, package_version, software  # imports torch
 
-    return [asdict(each) for each in gpus()]
+    versions = {"cuda": software().get("CUDA", ""), "engine": package_version("transformer-engine")}
+    return [{**asdict(each), **versions} for each in gpus()]
 
 
 def check(job: Job) -> list[Finding]:
@@ -43,7 +45,7 @@ def judge(answers: Mapping[str, Sequence[Mapping[str, Any]]], config: Config) ->
         usual = most_common(kinds)
         other = {node: f"its GPUs are {kind}, the others' {usual}" for node, kind in kinds.items() if kind != usual}
         findings += faults("gpus", other, answers, "ask for nodes of one kind: --constraint or --partition")
-    findings += faults("gpus", _unable(answers, config), answers, "ask for newer GPUs, or for another dtype")
+    findings += faults("gpus", _unable(answers, config), answers, "ask for other GPUs, or for another dtype or recipe")
     return findings or [Finding("gpus", "ok", _summary(answers, wanted))]
 
 
@@ -60,6 +62,10 @@ def _unable(answers: Mapping[str, Sequence[Mapping[str, Any]]], config: Config) 
                 if tuple(gpu["capability"]) < least:
                     has = ".".join(map(str, gpu["capability"]))
                     found[node] = f"{setting} needs compute capability {least[0]}.{least[1]}, {gpu['name']} has {has}"
+        for gpu in held:
+            versions = {name: str(gpu.get(name, "")) for name in ("cuda", "engine")}
+            if reason := why_not(config.fp8.recipe, str(gpu["name"]), tuple(gpu["capability"]), **versions):
+                found[node] = reason
     return found
 
 

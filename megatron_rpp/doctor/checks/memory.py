@@ -15,7 +15,9 @@ _REMEDY = "`rpp plan` shows what takes the memory, and which layout or setting m
 
 
 def measure(values: Mapping[str, Any], gpus: int) -> dict[str, Any]:
-    """{"peak_bytes", "needed_bytes", "host_bytes"} of the fullest rank; or {"error": why there is no plan}."""
+    """{"peak_bytes", "needed_bytes", "offloaded_bytes"} of the fullest rank, and "host_bytes" of the node; or
+    {"error": why there is no plan}.
+    """
     from megatron_rpp.plan import plan  # imports megatron
 
     try:
@@ -23,7 +25,12 @@ def measure(values: Mapping[str, Any], gpus: int) -> dict[str, Any]:
     except ValueError as error:
         return {"error": str(error)}
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"peak_bytes": planned.worst.peak_bytes, "needed_bytes": planned.needed_bytes, "host_bytes": host}
+    return {
+        "peak_bytes": planned.worst.peak_bytes,
+        "needed_bytes": planned.needed_bytes,
+        "offloaded_bytes": max(stage.host_bytes for stage in planned.stages),
+        "host_bytes": host,
+    }
 
 
 def check(job: Job) -> list[Finding]:
@@ -42,8 +49,12 @@ def judge(answer: Mapping[str, Any], gpu_bytes: int, ranks: int) -> Finding:
     if "error" in answer:
         return Finding("memory", "fail", str(answer["error"]), _REMEDY)
     needed, has, of = answer["needed_bytes"], gpu_bytes, "a GPU"
+    host, offloaded = answer["host_bytes"], answer["offloaded_bytes"] * ranks
     if not gpu_bytes:
-        needed, has, of = answer["peak_bytes"] * ranks, answer["host_bytes"], f"a node, with {ranks} ranks,"
+        needed, has, of = answer["peak_bytes"] * ranks + offloaded, host, f"a node, with {ranks} ranks,"
+    elif offloaded > host:
+        found = f"memory.offload takes {_gib(offloaded)} of host memory on a node, which has {_gib(host)}"
+        return Finding("memory", "fail", found, _REMEDY)
     found = f"{of} needs {_gib(needed)} and has {_gib(has)}"
     return Finding("memory", "ok", found) if needed <= has else Finding("memory", "fail", found, _REMEDY)
 

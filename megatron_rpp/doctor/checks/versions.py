@@ -41,7 +41,7 @@ def _digest(folder: Path) -> str:
 def required(config: Config) -> list[str]:
     """Packages that the run cannot be without."""
     servers = [] if config.rollout.urls or config.rollout.urls_file else ["sglang"]
-    engine = ["transformer-engine"] if config.model.layer_spec == "te" else []
+    engine = ["transformer-engine"] if config.model.layer_spec == "te" or config.fp8.is_on else []
     return ["torch", "megatron-core", "transformers", *servers, *engine]
 
 

@@ -1,4 +1,4 @@
-"""Multi-head latent attention (MLA) for the local layer spec, right at any tensor-parallel size."""
+"""Multi-head latent attention (MLA): as its spec says, and for the local one right at any tensor-parallel size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
@@ -23,6 +23,7 @@ _FUSED_NORM_KEYS = {
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
 
+_RESOLVED = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
 
 LATENT_EPSILON = 1e-6  # whatever the model's is, as in DeepSeek's code
 
@@ -37,8 +38,18 @@ class LatentNorm(RMSNorm):
         super().__init__(config, hidden_size, LATENT_EPSILON)
 
 
-class LocalMLASelfAttention(MLASelfAttention):
-    """Megatron's, with the right gradient of the rotary key.
+class SpecMLASelfAttention(MLASelfAttention):
+    """Megatron's, made of the modules that its layer spec names."""
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        """Megatron-Core 0.19 asks here for the modules around the latent norms. Its own answer under `qk_layernorm`
+        puts a norm before queries that are projected directly (DeepSeek-V2-Lite), and without it refuses the norms of
+        the local spec, which `mla_config` must not announce by that flag."""
+        return {name: getattr(submodules, name) for name in _RESOLVED}
+
+
+class LocalMLASelfAttention(SpecMLASelfAttention):
+    """With the right gradient of the rotary key, for the local layer spec.
 
     All heads share one rotary key, so that each TP rank has a part of its gradient, of its own heads.
     Megatron never sums the parts where the down-projection is a ColumnParallelLinear: it gathers its
@@ -80,6 +91,11 @@ class _SumGradient(torch.autograd.Function):
         total = gradient.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(total, group=ctx.group)
         return total, None
+
+
+def use_spec_mla(layer: TransformerLayerSubmodules) -> None:
+    """Have the MLA of Transformer Engine's spec made as the spec says."""
+    layer.self_attention.module = SpecMLASelfAttention
 
 
 def use_local_mla(layer: TransformerLayerSubmodules) -> None:

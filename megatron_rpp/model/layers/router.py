@@ -15,10 +15,13 @@ from torch import Tensor
 from megatron_rpp.model.hf_config import MoE
 
 
-def use_group_router(mlp: ModuleSpec, moe: MoE | None) -> None:
+def use_group_router(mlp: ModuleSpec | partial[Any], moe: MoE | None) -> None:
     """Give the experts of the spec `mlp` the router of `moe`, where it is not Megatron's."""
-    if moe is not None and mlp.module is MoELayer and needs_group_router(moe):
-        mlp.submodules.router = partial(GroupRouter, choice=GroupChoice(moe))
+    # Megatron-Core 0.19 (November 2026) has a partial of the class here, 0.16 a ModuleSpec.
+    kind: Any = mlp.func if isinstance(mlp, partial) else mlp.module
+    if moe is not None and kind is MoELayer and needs_group_router(moe):
+        parts: Any = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+        parts.router = partial(GroupRouter, choice=GroupChoice(moe))
 
 
 def needs_group_router(moe: MoE) -> bool:

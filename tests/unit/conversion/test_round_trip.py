@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from checkpoint_tools import compare, hf_to_megatron, inspect, megatron_to_hf
+from megatron_rpp.conversion import megatron_writer, skeleton
 from megatron_rpp.model.hf_io.fp8_blocks import quantize
+from megatron_rpp.model.load_megatron import read_metadata
 from tests.support.tiny_models import FAMILY_NAMES, save_tiny
 
 
@@ -73,6 +76,24 @@ def test_fp8_export_holds_quantized_projections_and_converts_again(tmp_path: Pat
     assert hf_to_megatron.main(["--hf", str(back), "--out", str(tmp_path / "again")]) == 0
     assert compare.main([str(back), str(tmp_path / "again")]) == 0, "both are read dequantized"
     assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("has_scales", [True, False])
+def test_fp8_scales_in_a_megatron_directory_are_passed_over_and_may_be_absent(
+    tmp_path: Path, has_scales: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformer Engine's `_extra_state` entries, which a run in FP8 saves beside the weights."""
+    scales = io.BytesIO()
+    torch.save([torch.randint(0, 256, (300,), dtype=torch.uint8)], scales)
+    monkeypatch.setattr(megatron_writer, "_no_object", scales.getvalue)
+    if not has_scales:
+        monkeypatch.setattr(skeleton, "_object_keys", lambda state: [])
+    source = save_tiny("llama", tmp_path)
+    back = _there_and_back(source)
+    stored = read_metadata(tmp_path / "there").state_dict_metadata
+    assert any("_extra_state" in key for key in stored) == has_scales
+    before, after = load_file(source / "model.safetensors"), load_file(back / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_sidecars_travel_and_indices_do_not(tmp_path: Path) -> None:

@@ -143,6 +143,16 @@ def test_gpus_of_two_kinds_and_gpus_that_lack_float8_are_named(make: Make) -> No
     assert "A100, the others' H100" in found[0].found and "8.9, A100 has 8.0" in found[1].found
 
 
+def test_gpus_that_lack_the_fp8_recipe_are_named(make: Make) -> None:
+    mixed = {"node1": [H100], "node2": [A100]}
+    told = gpus.judge(mixed, make({"fp8.recipe": "tensorwise"}))[-1]
+    assert told.node == "node2" and "fp8.recipe=tensorwise needs compute capability 8.9, A100 has 8.0" in told.found
+    old = {"node1": [{**H100, "cuda": "12.4", "engine": "2.20.2"}]}
+    assert "needs CUDA 12.9 or newer" in only(gpus.judge(old, make({"fp8.recipe": "blockwise"}))).found
+    assert only(gpus.judge(old, make({"fp8.recipe": "delayed"}))).status == "ok"
+    assert "transformer-engine" in versions.required(make({"fp8.recipe": "delayed"}))
+
+
 def test_few_open_files_are_a_warning() -> None:
     enough = {"files": 65536, "locked_bytes": 65536, "has_infiniband": 0}
     answers = {"node1": enough, "node2": {**enough, "files": 1024}, "node3": {**enough, "has_infiniband": 1}}

@@ -129,9 +129,19 @@ def test_free_bytes_and_held_checkpoints_are_measured(tmp_path: Path) -> None:
 
 
 def test_memory_is_compared_with_the_smallest_gpu_or_with_the_node_on_cpu() -> None:
-    answer = {"peak_bytes": 30 * 2**30, "needed_bytes": 33 * 2**30, "host_bytes": 64 * 2**30}
+    answer = {"peak_bytes": 30 * 2**30, "needed_bytes": 33 * 2**30, "offloaded_bytes": 0, "host_bytes": 64 * 2**30}
     assert memory.judge(answer, 40 * 2**30, 8).status == "ok"
     assert memory.judge(answer, 32 * 2**30, 1).status == "fail"
     assert memory.judge(answer, 0, 2).status == "ok"
     too_many = memory.judge(answer, 0, 3)
     assert too_many.status == "fail" and "rpp plan" in too_many.remedy and "90 GiB" in too_many.found
+
+
+def test_what_is_offloaded_must_fit_the_nodes_host_memory() -> None:
+    sizes = {"peak_bytes": 30, "needed_bytes": 33, "offloaded_bytes": 9, "host_bytes": 64}
+    answer = {name: size * 2**30 for name, size in sizes.items()}
+    assert memory.judge(answer, 40 * 2**30, 7).status == "ok"
+    eighth = memory.judge(answer, 40 * 2**30, 8)
+    assert eighth.status == "fail" and "memory.offload takes 72 GiB of host memory on a node" in eighth.found
+    assert memory.judge(answer, 0, 1).status == "ok"
+    assert memory.judge(answer, 0, 2).status == "fail", "on CPU both are in the node's memory"

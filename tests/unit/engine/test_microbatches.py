@@ -33,12 +33,18 @@ def make_cut(
         "pp_size": 1, "vpp_size": 1, "tp_size": 1, "cp_size": 1, "cp_rank": 0, "ep_size": 1, "etp_size": 1,
         "dp_group": None, "device": torch.device("cpu"), **layout,
     }  # fmt: skip
+    recipe = settings.pop("recipe", None)
     config = SimpleNamespace(
-        sequence_parallel=settings["tp_size"] > 1, variable_seq_lengths=settings.pop("varies", False)
+        sequence_parallel=settings["tp_size"] > 1,
+        variable_seq_lengths=settings.pop("varies", False),
+        fp8="hybrid" if recipe else None,
+        fp8_recipe=recipe,
     )
     hf = SimpleNamespace(moe=settings.pop("moe", None))
     monkeypatch.setattr(microbatches, "sequence_cost", lambda hf: SequenceCost(1.0, 0.1))
-    model: Any = SimpleNamespace(parallel=SimpleNamespace(**settings), config=config, hf=hf)
+    graph_length = settings.pop("graph_length", 0)
+    parallel = SimpleNamespace(**settings)
+    model: Any = SimpleNamespace(parallel=parallel, config=config, hf=hf, graph_length=graph_length)
     return cut_batch(model, make_batch(lengths), train)
 
 
@@ -101,3 +107,50 @@ def test_a_replica_without_rows_runs_a_microbatch_all_the_same(
 ) -> None:
     found = make_cut(monkeypatch, [], train)
     assert len(found) == 1 and places(found) == [] and found[0].rows.loss_mask.sum() == 0
+
+
+@pytest.mark.parametrize(("tp_size", "cp_size"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("recipe", "multiple"), [("tensorwise", 16), ("mxfp8", 32), ("blockwise", 128)])
+def test_each_rank_has_whole_blocks_of_tokens_in_fp8(
+    monkeypatch: pytest.MonkeyPatch, recipe: str, multiple: int, tp_size: int, cp_size: int
+) -> None:
+    found = make_cut(monkeypatch, recipe=recipe, tp_size=tp_size, cp_size=cp_size)
+    assert all(micro.tokens.numel() % (multiple * tp_size) == 0 for micro in found)
+    assert places(found) == [0, 1, 2, 3, 4, 5]
+    if cp_size == 1:
+        rows = make_cut(monkeypatch, LENGTHS, TrainConfig(micro_batch_size=3), recipe=recipe, tp_size=tp_size)
+        assert all(micro.tokens.shape[1] % tp_size == 0 for micro in rows)
+        assert all(micro.tokens.numel() // tp_size % multiple == 0 for micro in rows)
+        assert rows[0].tokens.shape[1] < 30 + multiple * tp_size, "no more padding than that"
+
+
+def test_padded_rows_together_make_up_fp8s_multiple(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = make_cut(monkeypatch, [30, 9], TrainConfig(micro_batch_size=8), recipe="tensorwise")
+    assert [micro.tokens.shape for micro in found] == [(8, 30)]  # 240 tokens are 15 blocks already
+
+
+def test_replicas_that_agree_on_delayed_scales_run_as_many_microbatches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each microbatch ends with a collective over them."""
+    asked: list[list[int]] = []
+
+    def largest(group: Any) -> Any:
+        return lambda sizes: asked.append(sizes.tolist()) or torch.maximum(sizes, torch.tensor([3, 0]))
+
+    monkeypatch.setattr(microbatches, "max_over", largest)
+    found = make_cut(monkeypatch, [9, 4], recipe="delayed")
+    assert asked == [[1, 0]] and [micro.positions for micro in found] == [16, 16, 16]
+    make_cut(monkeypatch, [9, 4], recipe="tensorwise")
+    assert len(asked) == 1
+
+
+def test_rows_of_cuda_graphs_have_one_shape_whatever_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron refuses to replay a graph on another one. What heads see of the rows is what it was."""
+    train = TrainConfig(micro_batch_size=4)
+    for lengths in (LENGTHS, [3], []):
+        plain = make_cut(monkeypatch, lengths, train)
+        found = make_cut(monkeypatch, lengths, train, graph_length=40)
+        assert {tuple(micro.tokens.shape) for micro in found} == {(4, 40)}
+        assert len(found) == len(plain) and places(found) == places(plain)
+        for a, b in zip(found, plain, strict=True):
+            width = b.tokens.shape[1]
+            assert torch.equal(a.rows.loss_mask[:, :width], b.rows.loss_mask) and a.rows.loss_mask[:, width:].sum() == 0

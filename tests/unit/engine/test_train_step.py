@@ -68,7 +68,8 @@ def run(
 
     monkeypatch.setattr(module, "global_counts", counts)
     monkeypatch.setattr(module, "logprob_head", lambda *_: None)
-    policy: Any = SimpleNamespace(parallel=SimpleNamespace(dp_size=dp_size, dp_group=None, device=torch.device("cpu")))
+    parallel = SimpleNamespace(dp_size=dp_size, dp_group=None, device=torch.device("cpu"))
+    policy: Any = SimpleNamespace(parallel=parallel, chunks=[])
     monkeypatch.setattr(module, "max_over", lambda _: lambda x: x.clamp(min=last_elsewhere))
     optimizer: Any = SimpleNamespace(lr=1e-3)
     config = Config(train=TrainConfig(batch_size=batch_size, micro_batch_size=2))

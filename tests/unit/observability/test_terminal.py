@@ -63,8 +63,17 @@ def test_every_column_fits_a_terminal_of_80_characters(monkeypatch: pytest.Monke
     monkeypatch.setenv("COLUMNS", "80")
     screen = Screen()
     with Terminal(0, 10_000, screen) as terminal:
-        terminal.step(1000, {**STEP, "tokens_per_second": 123_456.0, "time/sync": 100.0, "loss/total": -10.0})
+        wide = {"tokens_per_second": 123_456.0, "time/sync": 100.0, "loss/total": -10.0, "memory/peak_gib/train": 139.0}
+        terminal.step(1000, {**STEP, **wide})
     assert "…" not in screen.getvalue() and "tokens/s" in screen.getvalue()
+
+
+def test_on_gpus_the_phase_that_takes_most_memory_is_shown() -> None:
+    out = io.StringIO()
+    with Terminal(0, 1, out) as terminal:
+        peaks = {"memory/peak_gib/score": 12.0, "memory/peak_gib/train": 61.25, "memory/allocated_gib/train": 99.0}
+        terminal.step(0, {**STEP, **peaks})
+    assert "  GiB 61  ETA" in out.getvalue()
 
 
 def test_the_remaining_time_counts_only_steps_of_this_process() -> None:

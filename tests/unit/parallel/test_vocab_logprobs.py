@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,56 +12,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_rpp.parallel import vocab_logprobs
 from megatron_rpp.parallel.vocab_logprobs import vocab_parallel_logprobs
-
-TOKENS, VOCAB, PADDED = 13, 19, 30
-BOTH = ["logprobs", "entropy", "both"]
-
-
-def make_inputs(scale: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
-    """(logits [T, padded], targets [T], upstream [2, T]); the padding columns are the largest logits of all.
-
-    The upstream gradients are those of log-prob and entropy.
-    """
-    g = torch.Generator().manual_seed(2)
-    logits = torch.randn(TOKENS, PADDED, generator=g) * scale
-    logits[:, VOCAB:] = 50.0
-    targets = torch.randint(VOCAB, (TOKENS,), generator=g)
-    targets[:2] = torch.tensor([0, VOCAB - 1])
-    return logits, targets, torch.randn(2, TOKENS, generator=g)
-
-
-def differentiate(outputs: tuple[Tensor, Tensor], x: Tensor, upstream: Tensor, of: str, retain: bool = False) -> Tensor:
-    """Gradient [N, V] of the log-probs, of the entropy or of both, each by its upstream gradient."""
-    chosen = {"logprobs": slice(0, 1), "entropy": slice(1, 2), "both": slice(0, 2)}[of]
-    (gradient,) = torch.autograd.grad(outputs[chosen], x, tuple(upstream)[chosen], retain_graph=retain)
-    return gradient
-
-
-def reference(
-    logits: Tensor, targets: Tensor, upstream: Tensor, temperature: float = 1.0, of: str = "both"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs [T], entropy [T], gradient [T, padded] on every column) in float64."""
-    x = logits.double().requires_grad_()
-    distribution = (x[:, :VOCAB] / temperature).log_softmax(1)
-    logprobs = distribution.gather(1, targets[:, None])[:, 0]
-    entropy = -(distribution.exp() * distribution).sum(1)
-    gradient = differentiate((logprobs, entropy), x, upstream.double(), of)
-    return logprobs.detach(), entropy.detach(), gradient
-
-
-def run(
-    logits: Tensor, targets: Tensor, upstream: Tensor, of: str = "both", **settings: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs [T], entropy [T], gradient [N, padded]) of the tested function on a copy of the logits."""
-    x = logits.clone().requires_grad_()
-    outputs = vocab_parallel_logprobs(x, targets, vocab_size=VOCAB, **settings)
-    gradient = differentiate(outputs, x, upstream, of)
-    return outputs[0].detach(), outputs[1].detach(), gradient
-
-
-def assert_all_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: float) -> None:
-    for name, a, b in zip(("logprobs", "entropy", "gradient"), found, expected, strict=True):
-        assert (a.double() - b).abs().max().item() < tolerance, name
+from tests.support.vocab_logprobs import (
+    BOTH,
+    PADDED,
+    TOKENS,
+    VOCAB,
+    SimulatedTP,
+    assert_all_close,
+    differentiate,
+    make_inputs,
+    reference,
+    run,
+)
 
 
 @pytest.mark.parametrize("of", BOTH)
@@ -268,31 +228,6 @@ def test_no_float32_tensor_is_larger_than_a_chunk(rows: Tensor | None, of: str, 
         differentiate(outputs, logits, upstream, of)
     assert largest.float32 == 8 * 37
     assert largest.any == 64 * 40, "the mode must have seen the backward to prove anything"
-
-
-class SimulatedTP:
-    """TP ranks as threads; its `all_reduce` takes the place of torch.distributed's."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.barrier = threading.Barrier(size, timeout=10)
-        self.inbox: list[Tensor] = [torch.empty(0)] * size
-
-    def all_reduce(self, x: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
-        self.inbox[group.rank()] = x.clone()
-        self.barrier.wait()
-        stacked = torch.stack(self.inbox)
-        x.copy_(stacked.amax(0) if op == dist.ReduceOp.MAX else stacked.sum(0))
-        self.barrier.wait()
-
-    def run(self, logits: Tensor, *rest: Any, **settings: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
-        class Group:
-            def __init__(self, rank: int) -> None:
-                self.rank = lambda: rank
-
-        slices = logits.chunk(self.size, dim=1)
-        with ThreadPoolExecutor(self.size) as pool:
-            return list(pool.map(lambda r: run(slices[r], *rest, group=Group(r), **settings), range(self.size)))
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

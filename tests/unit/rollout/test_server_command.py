@@ -10,22 +10,16 @@ import pytest
 
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.rollout import RolloutConfig
-from megatron_rpp.config.schema import Config, ModelConfig, RunConfig, WeightSyncConfig
+from megatron_rpp.config.schema import Config, RunConfig, WeightSyncConfig
 from megatron_rpp.rollout import sglang_server
 from megatron_rpp.rollout.fleet import ServerFleet
-from megatron_rpp.rollout.server_command import server_command, server_dtype
+from megatron_rpp.rollout.server_command import server_command
+from tests.support.sglang_parts import layer_skipper
 
 
 def after(command: list[str], flag: str) -> str:
     assert command.count(flag) == 1, f"{flag} in {command}"
     return command[command.index(flag) + 1]
-
-
-@pytest.mark.parametrize(("sync", "expected"), [("auto", "bfloat16"), ("float32", "float32"), ("float8", "float8")])
-def test_the_servers_type_is_the_models_unless_the_sync_names_one(sync: str, expected: str) -> None:
-    assert (
-        server_dtype(Config(model=ModelConfig(dtype="bfloat16"), weight_sync=WeightSyncConfig(dtype=sync))) == expected
-    )
 
 
 def test_an_fp8_server_expects_scaled_blocks_and_loads_no_weights_of_its_own(tmp_path: Path) -> None:
@@ -35,6 +29,21 @@ def test_an_fp8_server_expects_scaled_blocks_and_loads_no_weights_of_its_own(tmp
     override = json.loads(after(command, "--json-model-override-args"))
     assert override["quantization_config"]["quant_method"] == "fp8"
     assert override["quantization_config"]["weight_block_size"] == [128, 128]
+
+
+def test_an_fp8_server_is_told_of_the_layers_that_stay_bfloat16() -> None:
+    command = server_command("/m", RolloutConfig(), "float8", "cuda", 1, bf16_layers=[1])
+    ignored = json.loads(after(command, "--json-model-override-args"))["quantization_config"]["modules_to_not_convert"]
+    is_layer_skipped = layer_skipper()
+    for part in (
+        "self_attn.qkv_proj",
+        "self_attn.o_proj",
+        "mlp.gate_up_proj",
+        "mlp.experts",
+        "block_sparse_moe.experts",
+    ):
+        skipped = [is_layer_skipped(f"model.layers.{i}.{part}", ignored) for i in (0, 1, 10, 11)]
+        assert skipped == [False, True, False, False], part
 
 
 def test_fp8_on_a_cpu_is_refused_before_a_server_starts() -> None:

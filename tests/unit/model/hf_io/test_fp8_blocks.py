@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -84,12 +85,122 @@ def test_quantizing_again_changes_no_weight_and_settles_the_scales(rows: int, co
     torch.testing.assert_close(rounded, scales, rtol=2**-8, atol=0)
 
 
+def power_of_two_reference(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Transformer Engine's blockwise quantization, an element at a time: compute_scale_from_amax and the cast.
+
+    The scale is 448 / amax rounded to float32, its mantissa dropped; where the quotient is infinite, 2^127.
+    """
+    rows, columns = math.ceil(weight.shape[0] / 128), math.ceil(weight.shape[1] / 128)
+    w8, scale_inv = torch.empty(weight.shape, dtype=torch.float8_e4m3fn), torch.empty(rows, columns)
+    for i, j in product(range(rows), range(columns)):
+        block = weight[128 * i : 128 * i + 128, 128 * j : 128 * j + 128].float()
+        amax, scale = np.float32(block.abs().max().item()), 1.0
+        if amax > 0:
+            with np.errstate(over="ignore"):
+                quotient = np.float32(448) / amax
+            scale = 2.0 ** (127 if np.isinf(quotient) else math.frexp(float(quotient))[1] - 1)
+        scale_inv[i, j] = 1 / scale
+        for x, y in np.ndindex(*block.shape):
+            w8.view(torch.uint8)[128 * i + x, 128 * j + y] = nearest_byte(block[x, y].item() * scale)
+    return w8, scale_inv
+
+
+E4M3 = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double().numpy()  # 0 to 448, by byte
+
+
+def nearest_byte(value: float) -> int:
+    """Of E4M3, ties to the even byte. The product of a float32 and a power of two is exact in a Python float."""
+    away = np.abs(E4M3 - abs(value))
+    low, *tied = np.flatnonzero(away == away.min())
+    byte = int(tied[0] if tied and low % 2 else low)
+    return byte | (0x80 if math.copysign(1, value) < 0 else 0)
+
+
+def weight_with_edges(rows: int, columns: int, seed: int = 0) -> Tensor:
+    """Blocks of many magnitudes, with outliers; one of zeros where there is room."""
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    weight *= 2.0 ** torch.randint(-4, 4, (math.ceil(rows / 128), 1)).repeat_interleave(128, 0)[:rows]
+    weight[rows // 2, columns // 2] = 37.5
+    if rows > 128:
+        weight[128:256, :128] = 0
+    return weight
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (130, 131), (5, 129), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_powers_of_two_are_transformer_engines_bytes_and_scales(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = weight_with_edges(*shape).to(dtype)
+    w8, scales = quantize(weight, power_of_two=True)
+    expected, expected_scales = power_of_two_reference(weight)
+    assert torch.equal(w8.view(torch.uint8), expected.view(torch.uint8)) and torch.equal(scales, expected_scales)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(448.0 * 2.0**e for e in (-130, -20, 0, 119)),
+        1e-45,
+        1e-40,
+        1.2e-38,
+        1.3e-36,
+        3.3e38,
+        0.0,
+        -447.99997,
+        448.00003,
+    ],
+)
+def test_powers_of_two_at_the_ends_of_float32(value: float) -> None:
+    """Scales too large for float32 become 2^127, whose inverse is a denormal number; nothing overflows E4M3."""
+    weight = torch.full((2, 3), value)
+    w8, scales = quantize(weight, power_of_two=True)
+    expected, expected_scales = power_of_two_reference(weight)
+    assert torch.equal(w8.view(torch.uint8), expected.view(torch.uint8)) and torch.equal(scales, expected_scales)
+    assert torch.isfinite(w8.float()).all() and (scales > 0).all()
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(-60, 60), st.integers(0, 999))
+@settings(max_examples=30, deadline=None)
+def test_powers_of_two_hold_their_values_when_they_are_quantized_again(
+    rows: int, columns: int, exponent: int, seed: int
+) -> None:
+    """fp8.params: the trainer's bytes go through bfloat16 to the engine. Only a block whose largest magnitude was
+    rounded to 224, half of E4M3's, has other bytes then: all twice, and half of the scale."""
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
+    w8, scales = quantize(weight, power_of_two=True)
+    held = dequantize(w8, scales)
+    again, new_scales = quantize(held, power_of_two=True)
+    assert torch.equal(dequantize(again, new_scales, torch.float32), dequantize(w8, scales, torch.float32))
+    assert torch.equal(held.float(), dequantize(w8, scales, torch.float32)), "bfloat16 holds what FP8 stands for"
+    largest = reference_scales(w8.float()) * 448
+    assert torch.equal(new_scales, torch.where(largest == 224, scales / 2, scales))
+    if not (largest == 224).any():
+        assert torch.equal(again.view(torch.uint8), w8.view(torch.uint8))
+
+
+def test_a_block_whose_largest_is_rounded_to_half_the_range_settles_at_once() -> None:
+    w8, scales = quantize(torch.full((1, 1), 230.0), power_of_two=True)
+    assert (w8.float().item(), scales.item()) == (224.0, 1.0)
+    again, halved = quantize(dequantize(w8, scales), power_of_two=True)
+    assert (again.float().item(), halved.item()) == (448.0, 0.5)
+    assert quantize(dequantize(again, halved), power_of_two=True)[1].item() == 0.5
+
+
+@pytest.mark.parametrize(("rows", "is_same"), [(128, True), (256, True), (64, False), (96, False)])
+def test_shards_have_the_blocks_of_the_whole_where_they_are_cut_between_blocks(rows: int, is_same: bool) -> None:
+    weight = weight_with_edges(2 * rows, 128, seed=7)
+    weight[0, 0] = 400.0  # one shard's largest magnitude is not the other's
+    whole = dequantize(*quantize(weight, power_of_two=True))
+    shards = torch.cat([dequantize(*quantize(part, power_of_two=True)) for part in weight.chunk(2)])
+    assert torch.equal(whole, shards) == is_same
+
+
 def test_a_block_of_zeros_has_scale_one_and_stays_zero() -> None:
     weight = torch.zeros(256, 128)
     weight[200, 3] = 7.0
     w8, scales = quantize(weight)
     assert scales.tolist() == [[1.0], [1 / 64]]
     assert torch.equal(dequantize(w8, scales, torch.float32), weight)
+    assert quantize(weight, power_of_two=True)[1].tolist() == [[1.0], [1 / 64]]
 
 
 @pytest.mark.parametrize("value", [1e-45, 1e-40, 1e-38, 3e38])
@@ -102,8 +213,9 @@ def test_the_smallest_and_largest_weights_stay_finite(value: float) -> None:
 def test_a_weight_that_diverged_is_refused(value: float) -> None:
     weight = torch.ones(200, 200)
     weight[150, 7] = value
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        quantize(weight)
+    for power_of_two in (False, True):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            quantize(weight, power_of_two=power_of_two)
 
 
 def test_a_view_that_is_not_contiguous_is_quantized_as_its_copy() -> None:
@@ -158,6 +270,16 @@ def test_other_tensors_keep_their_dtype(name: str, shape: tuple[int, ...]) -> No
     assert not is_quantized(name, shape)
 
 
+def test_layers_that_training_keeps_in_bfloat16_are_not_quantized_and_transformers_is_told() -> None:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    name = "model.layers.{}.self_attn.q_proj"
+    quantized = [is_quantized(f"{name.format(i)}.weight", (256, 128), bf16_layers=[0, 1]) for i in (0, 1, 2, 10, 11)]
+    assert quantized == [False, False, True, True, True]
+    told = quantization_config([0, 1])["modules_to_not_convert"]
+    assert [should_convert_module(name.format(i), told) for i in (0, 1, 2, 10, 11)] == quantized
+
+
 def test_transformers_reads_the_quantization_config_as_blocks_of_fp8() -> None:
     from transformers import AutoConfig
     from transformers.quantizers.auto import AutoQuantizationConfig
@@ -176,8 +298,9 @@ def test_transformers_reads_the_quantization_config_as_blocks_of_fp8() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compares CUDA with CPU")
 def test_cuda_gives_the_bytes_that_cpu_gives() -> None:
     weight = torch.randn(300, 200, generator=torch.Generator().manual_seed(4))
-    w8, scales = quantize(weight)
-    on_cuda, scales_on_cuda = quantize(weight.cuda())
-    assert torch.equal(on_cuda.cpu().view(torch.uint8), w8.view(torch.uint8))
-    assert torch.equal(scales_on_cuda.cpu(), scales)
-    assert torch.equal(dequantize(on_cuda, scales_on_cuda).cpu(), dequantize(w8, scales))
+    for power_of_two in (False, True):
+        w8, scales = quantize(weight, power_of_two=power_of_two)
+        on_cuda, scales_on_cuda = quantize(weight.cuda(), power_of_two=power_of_two)
+        assert torch.equal(on_cuda.cpu().view(torch.uint8), w8.view(torch.uint8))
+        assert torch.equal(scales_on_cuda.cpu(), scales)
+        assert torch.equal(dequantize(on_cuda, scales_on_cuda).cpu(), dequantize(w8, scales))
