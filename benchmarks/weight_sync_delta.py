@@ -26,7 +26,7 @@ from megatron_rpp.engine.score import score
 from megatron_rpp.engine.train_step import train_step
 from megatron_rpp.experience.types import ExperienceBatch
 from megatron_rpp.model.build import Model, build_model
-from megatron_rpp.session import total_optimizer_steps
+from megatron_rpp.session_parts import total_optimizer_steps
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo_cpu.toml"
 ROWS, WIDTH, PROMPT = 128, 16, 4  # of an optimizer step: responses, and tokens with their prompt; of a prompt
