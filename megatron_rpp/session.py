@@ -11,22 +11,23 @@ from pathlib import Path
 
 from megatron_rpp.checkpoint.manager import Checkpointer
 from megatron_rpp.checkpoint.run_state import RunState
-from megatron_rpp.config.deadlines import longest_wait_s, phase_deadline_s
+from megatron_rpp.config.allocator import check_allocator
+from megatron_rpp.config.deadlines import longest_wait_s, phase_deadline_s, watchdog_of
 from megatron_rpp.config.job import Resume
 from megatron_rpp.config.load import dump_toml
 from megatron_rpp.config.schema import Config
-from megatron_rpp.config.sources import held_out_sources, training_sources
 from megatron_rpp.data.prompt_source import PromptSource
 from megatron_rpp.data.prompts import load_eval_prompts
 from megatron_rpp.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
-from megatron_rpp.device.memory import prepare_allocator
 from megatron_rpp.engine.advantages import ShapingState
 from megatron_rpp.engine.offload import Offload
 from megatron_rpp.engine.optimizer import Optimizer
 from megatron_rpp.engine.score import uses_fused_logprobs
 from megatron_rpp.experience.types import Prompt
 from megatron_rpp.model.build import Model
+from megatron_rpp.model.fp8 import check_can_compute
 from megatron_rpp.model.hf_mapping import read_hf_config
+from megatron_rpp.model.layer_spec import resolve_layer_spec
 from megatron_rpp.observability.memory import PhaseMemory
 from megatron_rpp.observability.profiler import Profiler
 from megatron_rpp.observability.reporter import Reporter
@@ -37,10 +38,7 @@ from megatron_rpp.parallel.context import ParallelContext
 from megatron_rpp.parallel.watchdog import Watchdog
 from megatron_rpp.parity.monitor import ParityMonitor
 from megatron_rpp.parity.run_parts import RunParts
-from megatron_rpp.reward.build import build_reward
 from megatron_rpp.reward.protocol import Reward
-from megatron_rpp.reward.verdicts import verdict_only
-from megatron_rpp.rollout.fleet import ServerFleet
 from megatron_rpp.rollout.protocol import SamplingParams
 from megatron_rpp.rollout.reward_reach import open_reward_services
 from megatron_rpp.rollout.sglang_client import SGLangClient
@@ -48,8 +46,9 @@ from megatron_rpp.session_parts import (
     build_models,
     build_prompt_source,
     open_checkpointer,
+    open_fleet,
     open_own_journal,
-    open_registry,
+    open_rewards,
     resume_run,
 )
 from megatron_rpp.weight_sync.build import build_engine, check_weight_sync
@@ -140,27 +139,25 @@ def open_session(config: Config, *, resume: Resume) -> Iterator[Session]:
     graphs, wait_s = config.train.cuda_graphs, longest_wait_s(config)
     parallel = bootstrap.initialize(config.parallel, config.run.seed, wait_s, config.run.dir, graph_generators=graphs)
     start_s = phase_deadline_s(config, "sync")  # servers are waited for, and synced
-    watchdog = Watchdog(parallel.store, parallel.place, config.run.dir, config.watchdog, start_s)
+    watchdog = Watchdog(parallel.store, parallel.place, config.run.dir, watchdog_of(config), start_s)
     # Other ranks are told of an error before the teardown, and the watchdog outlives it.
     with watchdog, ExitStack() as stack, watchdog.telling():
         stack.callback(bootstrap.shutdown)
         profiler = Profiler(config.profile, config.run.dir, parallel.rank)
+        check_allocator(config, os.environ)
+        check_can_compute(config, resolve_layer_spec(config.model.layer_spec))
         uses_fused_logprobs(config.train.fused_logprobs)  # or it cannot be
         tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
         hf = read_hf_config(config.model.path)
         check_vocabulary(tokenizer, hf.vocab_size, config.model.path)
         check_weight_sync(config, hf)
-        prepare_allocator(config, os.environ)
         prompt_source, eval_prompts = build_prompt_source(config, tokenizer), load_eval_prompts(config, tokenizer)
         services = stack.enter_context(open_reward_services(config, parallel))
-        reward = build_reward(config.reward, training_sources(config.data), services.model_urls)
-        stack.callback(reward.close)
-        eval_reward = build_reward(verdict_only(config.reward), held_out_sources(config), services.model_urls)
-        stack.callback(eval_reward.close)
+        reward, eval_reward = open_rewards(config, services.model_urls, stack)
         client = SGLangClient((), config.rollout, tokenizer.decode)
-        fleet = ServerFleet(config, open_registry(config, parallel)) if parallel.rank == 0 else None
-        if fleet is not None:
-            stack.callback(fleet.stop)
+        # Servers that share the trainer's GPUs size their cache by what is free when they start.
+        shares_gpus = config.rollout.release_memory
+        fleet = None if shares_gpus else open_fleet(config, parallel, stack)
         policy, optimizer, reference = build_models(config, parallel)
         logger.info("preset %s, estimator %s", config.algorithm.preset, config.algorithm.estimator)
         checkpointer = stack.enter_context(open_checkpointer(config, parallel))
@@ -168,6 +165,9 @@ def open_session(config: Config, *, resume: Resume) -> Iterator[Session]:
         first_step, shaping = state.step, ShapingState.from_dict(state.shaping)
         offload = Offload(config.memory, policy, optimizer, reference)
         offload.put_away()  # the first sync and the first sampling need the room
+        if shares_gpus:
+            gather_objects(None)  # every rank has made room
+            fleet = open_fleet(config, parallel, stack)
         engine = build_engine(config, policy, fleet, client, open_own_journal(config, parallel, resume, first_step))
         stack.callback(engine.close)
         services.wait_ready()

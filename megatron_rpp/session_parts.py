@@ -1,10 +1,10 @@
-"""What a session is opened with: models, prompts, the checkpointer, the state that a run goes on from, its journal."""
+"""What a session is opened with: models, prompts, rewards, servers, checkpoints, the journal."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 
@@ -16,6 +16,7 @@ from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.checkpoint.sharded import load_checkpoint
 from megatron_rpp.config.job import Resume
 from megatron_rpp.config.schema import Config
+from megatron_rpp.config.sources import held_out_sources, training_sources
 from megatron_rpp.data.prompt_source import PromptSource
 from megatron_rpp.data.prompts import load_training_prompts
 from megatron_rpp.data.tokenizer import Tokenizer
@@ -23,7 +24,11 @@ from megatron_rpp.engine.optimizer import Optimizer, make_trainable
 from megatron_rpp.model.build import Model, build_frozen, build_model
 from megatron_rpp.parallel.collectives import on_rank_0
 from megatron_rpp.parallel.context import ParallelContext
+from megatron_rpp.reward.build import build_reward
+from megatron_rpp.reward.protocol import Reward
+from megatron_rpp.reward.verdicts import verdict_only
 from megatron_rpp.rollout import journal
+from megatron_rpp.rollout.fleet import ServerFleet
 from megatron_rpp.rollout.registry import Registry
 from megatron_rpp.rollout.schedule.quota import quota_of
 
@@ -44,11 +49,25 @@ def total_optimizer_steps(config: Config) -> int:
     return config.run.steps * (responses // config.train.batch_size)
 
 
-def open_registry(config: Config, parallel: ParallelContext) -> Registry | None:
-    """Where servers announce themselves to this job; None where it does not want that."""
-    if not config.rollout.registry:
+def open_rewards(config: Config, model_urls: Sequence[str], stack: ExitStack) -> tuple[Reward, Reward]:
+    """(of training, of held-out problems: the verdict alone). `stack` closes them."""
+    training = build_reward(config.reward, training_sources(config.data), model_urls)
+    stack.callback(training.close)
+    held_out = build_reward(verdict_only(config.reward), held_out_sources(config), model_urls)
+    stack.callback(held_out.close)
+    return training, held_out
+
+
+def open_fleet(config: Config, parallel: ParallelContext, stack: ExitStack) -> ServerFleet | None:
+    """The servers, started, on rank 0; `stack` stops them."""
+    if parallel.rank > 0:
         return None
-    return Registry(parallel.store, parallel.place.attempt, config.rollout.health_deadline_s)
+    registry = None
+    if config.rollout.registry:  # where servers announce themselves to this job
+        registry = Registry(parallel.store, parallel.place.attempt, config.rollout.health_deadline_s)
+    fleet = ServerFleet(config, registry)
+    stack.callback(fleet.stop)
+    return fleet
 
 
 def build_prompt_source(config: Config, tokenizer: Tokenizer) -> PromptSource:

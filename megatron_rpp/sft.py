@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import sys
 import time
@@ -12,17 +13,20 @@ from dataclasses import replace
 
 import torch
 
+from megatron_rpp.config.allocator import check_allocator
 from megatron_rpp.config.schema import Config, OptimizerConfig
 from megatron_rpp.data.prompts import load_demonstrations
 from megatron_rpp.data.tokenizer import load_tokenizer
 from megatron_rpp.engine.heads import SftHead
 from megatron_rpp.engine.optimizer import make_trainable
 from megatron_rpp.engine.overlap import finish_param_gather
-from megatron_rpp.engine.score import logprob_head
+from megatron_rpp.engine.score import logprob_head, uses_fused_logprobs
 from megatron_rpp.engine.train_step import global_counts, optimizer_step
 from megatron_rpp.experience.collate import pad_rows
 from megatron_rpp.experience.types import ExperienceBatch
 from megatron_rpp.model.build import build_model
+from megatron_rpp.model.fp8 import check_can_compute
+from megatron_rpp.model.layer_spec import resolve_layer_spec
 from megatron_rpp.model.save_hf import save_hf
 from megatron_rpp.parallel import bootstrap
 from megatron_rpp.parallel.context import ParallelContext
@@ -47,6 +51,9 @@ def run(config: Config) -> None:
 
 def _train(config: Config, parallel: ParallelContext, watchdog: Watchdog) -> None:
     sft = config.sft
+    check_allocator(config, os.environ, syncs=False)
+    check_can_compute(config, resolve_layer_spec(config.model.layer_spec))
+    uses_fused_logprobs(config.train.fused_logprobs)  # or it cannot be
     tokenizer = load_tokenizer(sft.init, trust_remote_code=config.model.trust_remote_code)
     demonstrations = load_demonstrations(sft.data, tokenizer, config.data, max_tokens=config.rollout.context_length)
     model, optimizer = make_trainable(

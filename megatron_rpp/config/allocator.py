@@ -17,24 +17,27 @@ from megatron_rpp.config.schema import Config
 VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """torch reads both, the second since 2.9."""
 _OPTION = "expandable_segments"
+_REGISTERS = "NCCL_GRAPH_REGISTER"
+"""Megatron asks for 0, too, where it makes graphs with them (transformer/cuda_graphs.py)."""
 
 
-def check_allocator(config: Config, environment: Mapping[str, str]) -> None:
-    """Of the trainer's own `environment`. Raises ConfigError where it contradicts weight_sync.transports."""
-    if "ipc" not in config.weight_sync.transports:
-        return
-    for name in VARIABLES:
-        if _is_on(environment.get(name, "")):
+def check_allocator(config: Config, environment: Mapping[str, str], *, syncs: bool = True) -> None:
+    """Of the trainer's own `environment`. Raises ConfigError where it contradicts weight_sync.transports or
+    train.cuda_graphs.
+
+    syncs: whether weights are sent to servers.
+    """
+    for name in (name for name in VARIABLES if _is_on(environment.get(name, ""))):
+        must = f"{name}={environment[name]} must go without {_OPTION}"
+        if syncs and "ipc" in config.weight_sync.transports:
             raise ConfigError(
-                f"{name}={environment[name]} must go without {_OPTION}: weight_sync.transports=ipc cannot send what "
-                "lies in them; unset it, or choose broadcast"
+                f"{must}: weight_sync.transports=ipc cannot send what lies in them; unset it, or choose broadcast"
             )
-
-
-def may_expand(config: Config, environment: Mapping[str, str]) -> bool:
-    """Whether the trainer turns them on by itself: where it is safe, and the user has said nothing of the allocator."""
-    is_safe = "ipc" not in config.weight_sync.transports and not config.train.cuda_graphs
-    return is_safe and not any(environment.get(name) for name in VARIABLES)
+        if config.train.cuda_graphs and environment.get(_REGISTERS) != "0":
+            raise ConfigError(
+                f"{must}: with train.cuda_graphs=true NCCL would register what lies in them; unset it, or set "
+                f"{_REGISTERS}=0"
+            )
 
 
 def for_server(environment: Mapping[str, str], rollout: RolloutConfig) -> dict[str, str]:

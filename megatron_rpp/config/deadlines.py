@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from megatron_rpp.config.job import WatchdogConfig
 from megatron_rpp.config.rollout import MOST_ROUNDS
 from megatron_rpp.config.schema import Config
+
+_TRACE_S = 600.0  # the longest that torch's profiler may hold the interpreter when it stops
 
 
 def longest_wait_s(config: Config) -> float:
@@ -23,6 +28,17 @@ def phase_deadline_s(config: Config, name: str) -> float:
     rollout_s = rounds * (sampling_s + tries * _judging_s(config))
     own = {"rollout": rollout_s, "reward": verifying_s, "parity": sync_s, "sync": sync_s}
     return own.get(name, 2 * (sampling_s + verifying_s) if name in ("eval", "baseline") else 0.0)
+
+
+def watchdog_of(config: Config) -> WatchdogConfig:
+    """Section `watchdog`, its heartbeat deadline raised for a run that records traces.
+
+    While torch's profiler stops, no other thread of its rank runs, the one of the heartbeat neither.
+    """
+    profile, given = config.profile, config.watchdog
+    if not (profile.steps and "trace" in profile.record):
+        return given
+    return replace(given, heartbeat_deadline_s=max(given.heartbeat_deadline_s, _TRACE_S))
 
 
 def _verifying_s(config: Config) -> float:

@@ -10,6 +10,7 @@ from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.fields import canonical, fields, flatten
 from megatron_rpp.config.schema import Config
 from megatron_rpp.config.sources import named_sources, reward_kinds
+from megatron_rpp.config.toml_text import written
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ NEEDS: dict[str, Need] = {
     "reward.overlong_penalty": Need(
         "reward.overlong_buffer_tokens above 0", lambda config: config.reward.overlong_buffer_tokens > 0
     ),
+    "train.logprob_chunk_tokens": Need(
+        "train.fused_logprobs=off or auto", lambda config: config.train.fused_logprobs != "on"
+    ),
     "schedule.max_draws": Need("schedule.dynamic_sampling=true", lambda config: config.schedule.dynamic_sampling),
     "schedule.max_deferrals": Need(
         "schedule.over_sampling above 1, schedule.dynamic_sampling or a budget of `schedule`",
@@ -70,8 +74,7 @@ def check_needs(config: Config) -> None:
             continue
         section, _, name = key.rpartition(".")
         if known in NEEDS and not NEEDS[known].is_met(config):
-            raise ConfigError(f"{key}={value} must go with {NEEDS[known].words}; else it does nothing")
+            raise ConfigError(f"{key}={written(value)} must go with {NEEDS[known].words}; else it does nothing")
         if section in sources and name in SOURCE_NEEDS and not SOURCE_NEEDS[name][1](sources[section]):
-            raise ConfigError(
-                f"{key}={value} must go with {section}.kind={SOURCE_NEEDS[name][0]}; else it does nothing"
-            )
+            kinds = SOURCE_NEEDS[name][0]
+            raise ConfigError(f"{key}={written(value)} must go with {section}.kind={kinds}; else it does nothing")

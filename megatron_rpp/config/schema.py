@@ -135,7 +135,7 @@ class WeightSyncConfig:
     transports: tuple[str, ...] = ("broadcast", "disk")
     """Tried in this order until a sync is verified: broadcast, disk, ipc (servers on the trainer's GPUs), delta."""
     dtype: str = "auto"
-    """Of the servers' weights: float32, bfloat16, float8 (128 x 128 blocks), or auto (as the model is trained)."""
+    """Of servers' weights: float32, bfloat16, float8 (128 x 128), or auto: as trained; attached ones model.dtype."""
     bucket_mb: int = 256
     """Unit of memory, in MiB: gathering and sending together hold at most two of these beside the model."""
     deadline_s: float = 300.0

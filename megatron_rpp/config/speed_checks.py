@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.schema import Config
+from megatron_rpp.config.toml_text import written
 
 IN_ATTENTION_OF_MLA, IN_EXPERTS = "mla_up_proj", ("moe", "moe_act", "shared_experts")
 """What memory.recompute_modules may name of models that have it."""
@@ -14,7 +15,6 @@ def check_speed(config: Config) -> None:
     _check_overlap(config)
     _check_recompute(config)
     _check_graphs(config)
-    _check_profile(config)
 
 
 def _check_overlap(config: Config) -> None:
@@ -53,14 +53,19 @@ def _check_graphs(config: Config) -> None:
             raise ConfigError(f"{setting} must be {instead} where train.cuda_graphs=true")
 
 
-def _check_profile(config: Config) -> None:
+def check_profile(config: Config) -> None:
+    """Of `rpp train`. Raises ConfigError."""
     profile, ranks = config.profile, config.parallel.world_size
     if not profile.steps:
         return
+    for name in ("steps", "ranks", "record"):
+        values = getattr(profile, name)
+        if len(set(values)) < len(values):
+            raise ConfigError(f"profile.{name}={written(values)} names one twice; name each once")
     if max(profile.steps) >= config.run.steps:
         raise ConfigError(f"profile.steps={max(profile.steps)} must be below run.steps={config.run.steps}")
     if not profile.ranks or max(profile.ranks) >= ranks:
-        named = ",".join(map(str, profile.ranks)) or "(none)"
+        named = written(profile.ranks) or "(none)"
         raise ConfigError(f"profile.ranks={named} must name some of the {ranks} ranks, from 0 to {ranks - 1}")
     if not profile.record:
         raise ConfigError("profile.record is empty; name one, such as trace")

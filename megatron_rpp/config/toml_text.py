@@ -1,4 +1,4 @@
-"""A Config as TOML text; reading it back gives the same Config."""
+"""A Config as TOML text, which reads back as the same Config, and a value as messages have it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,13 @@ def dump_toml(config: Config) -> str:
         section, _, name = key.rpartition(".")
         sections.setdefault(section, []).append(f"{name} = {_value(value)}\n")
     return "\n".join(f"[{section}]\n{''.join(lines)}" for section, lines in sections.items())
+
+
+def written(value: Any) -> str:
+    """`value` as a flag has it: true, 0.5, a text without quotes, a list with commas, a table in TOML."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(written, value))
+    return value if isinstance(value, str) else _value(value)
 
 
 def _value(value: Any) -> str:

@@ -15,8 +15,9 @@ from megatron_rpp.config.ranges import check_ranges
 from megatron_rpp.config.reward_checks import check_rewards
 from megatron_rpp.config.schema import Config
 from megatron_rpp.config.sources import check_sources
-from megatron_rpp.config.speed_checks import check_speed
+from megatron_rpp.config.speed_checks import check_profile, check_speed
 from megatron_rpp.config.templates import DEFAULT, check_template
+from megatron_rpp.config.toml_text import written
 from megatron_rpp.config.urls import is_url
 
 Command = Literal["train", "sft"]
@@ -43,6 +44,7 @@ def validate(config: Config, command: Command) -> None:
         raise ConfigError(f"reward.correct={config.reward.correct} must differ from reward.wrong")
     check_algorithm(config)
     check_offload(config)
+    check_profile(config)
     _check_batches(config)
     _check_lengths(config)
     _check_schedule(config)
@@ -68,6 +70,9 @@ def check_packing(config: Config) -> None:
 
 def _check_sft(config: Config) -> None:
     sft = config.sft
+    for key, value in (("memory.offload", config.memory.offload), ("profile.steps", config.profile.steps)):
+        if value:
+            raise ConfigError(f"{key}={written(value)} is for `rpp train`, and nothing in `rpp sft`; leave it empty")
     _require_file("sft.data", sft.data)
     if not sft.output:
         raise ConfigError("sft.output is not set; pass --sft.output=DIRECTORY for the trained model")

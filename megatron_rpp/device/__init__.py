@@ -6,6 +6,7 @@ Packages that import megatron import this one first, in their __init__.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -94,5 +95,7 @@ def set_rng_state(state: torch.Tensor | None) -> None:
         torch.cuda.set_rng_state(state)
 
 
+# torch's compiler would start up to 32 processes for each rank of the host. Read when torch._inductor is imported.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 if not has_cuda():
     cpu.install()

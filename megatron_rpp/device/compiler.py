@@ -38,6 +38,11 @@ def any_size(tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
     return view
 
 
+def forget_kernels() -> None:
+    """All that was compiled in this process, Megatron's too, is compiled anew when it is next called."""
+    torch._dynamo.reset()
+
+
 @functools.cache
 def why_no_kernels() -> str | None:
     """What keeps `kernel` from compiling on this host, in words; None where nothing does."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from megatron_rpp.config.allocator import check_allocator, may_expand
-from megatron_rpp.config.schema import Config
 from megatron_rpp.device import has_cuda
 
 
@@ -40,14 +37,3 @@ def wait_for_device() -> None:
     """Until all that was started on this rank's GPU is done."""
     if has_cuda():
         torch.cuda.synchronize()
-
-
-def prepare_allocator(config: Config, environment: Mapping[str, str]) -> None:
-    """Have torch grow its segments of GPU memory instead of adding new ones, where config.allocator finds that safe.
-
-    For a rank that has next to nothing on its GPU yet: segments that are there stay as they are. Raises ConfigError
-    where `environment`, this rank's, contradicts the configuration.
-    """
-    check_allocator(config, environment)
-    if has_cuda() and may_expand(config, environment):
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")

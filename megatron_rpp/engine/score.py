@@ -7,15 +7,17 @@ from dataclasses import replace
 from functools import cache, partial
 
 import torch
+import torch.distributed as dist
 
 from megatron_rpp import device
 from megatron_rpp.config.schema import Config
-from megatron_rpp.device.compiler import why_no_kernels
 from megatron_rpp.engine.fp8_scales import settle_scales
 from megatron_rpp.engine.heads import LogitsHead, LogprobHead
 from megatron_rpp.engine.pipeline import run_pipeline
 from megatron_rpp.experience.types import ExperienceBatch
 from megatron_rpp.model.build import Model
+from megatron_rpp.parallel.collectives import gather_errors
+from megatron_rpp.parallel.fused_logprobs import why_not_fused
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +59,15 @@ def logprob_head(model: Model, config: Config, temperature: float) -> LogprobHea
 
 @cache
 def uses_fused_logprobs(setting: str) -> bool:
-    """What train.fused_logprobs means on this host. ValueError where `on` cannot be."""
+    """What train.fused_logprobs means in this job: the same on all ranks. ValueError on all where `on` cannot be.
+
+    The first call with a setting compiles and runs the kernels, and is a collective over the job where there is one:
+    it is to be made by all ranks when they start. Later ones repeat its answer.
+    """
     if setting == "off" or (setting == "auto" and not device.has_cuda()):
         return False
-    missing = why_no_kernels()
+    own = why_not_fused()
+    missing = gather_errors(own) if dist.is_initialized() else own
     if missing and setting == "on":
         raise ValueError(f"train.fused_logprobs=on cannot be here: {missing}; or set it to off")
     if missing:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_rpp.config.schema import AlgorithmConfig, Config, TrainConfig
+from megatron_rpp.engine.fp8_scales import settle_gradient_scales
 from megatron_rpp.engine.heads import ALL_POSITIONS, REAL_POSITIONS, Head, PolicyHead
 from megatron_rpp.engine.optimizer import Optimizer
 from megatron_rpp.engine.overlap import finish_param_gather
@@ -78,15 +79,21 @@ def optimizer_step(
 ) -> tuple[dict[str, float], float]:
     """One forward, backward and update: (the head's scalars summed over all replicas, gradient norm).
 
-    `train` says how the batch is cut into microbatches.
+    `train` says how the batch is cut into microbatches. Before a model's first step passes that give its gradients
+    FP8 scales may be run and thrown away (`fp8_scales`).
 
     Raises FloatingPointError on every rank where the gradient is not finite. Without a loss scaler
     Megatron's `step` has then already spoilt the weights in memory, but nothing has been synced or saved.
     """
-    for chunk in model.chunks:
-        chunk.zero_grad_buffer()  # type: ignore[operator]
-    optimizer.megatron.zero_grad()
-    outputs = run_pipeline(model, batch, head, train=train, forward_only=False)
+
+    def forward_backward() -> dict[str, Tensor]:
+        for chunk in model.chunks:
+            chunk.zero_grad_buffer()  # type: ignore[operator]
+        optimizer.megatron.zero_grad()
+        return run_pipeline(model, batch, head, train=train, forward_only=False)
+
+    settle_gradient_scales(model, forward_backward)
+    outputs = forward_backward()
     updated, norm, _ = optimizer.megatron.step()
     if not updated or not math.isfinite(norm):
         raise FloatingPointError(f"the gradient norm is {norm}; lower optimizer.lr or look at the last rollouts")

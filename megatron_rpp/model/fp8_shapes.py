@@ -31,6 +31,12 @@ def check_fp8_shapes(config: Config, hf: HFConfig) -> None:
         if getattr(fp8, key) > most:
             whole = f"num_hidden_layers={hf.num_layers} / parallel.pipeline={parallel.pipeline}"
             raise ConfigError(f"fp8.{key}={getattr(fp8, key)} must be at most {most}, {whole}: Megatron allows no more")
+    kept = fp8.bf16_first_layers + fp8.bf16_last_layers
+    if kept >= hf.num_layers:
+        raise ConfigError(
+            f"fp8.bf16_first_layers={fp8.bf16_first_layers} and fp8.bf16_last_layers={fp8.bf16_last_layers} leave none "
+            f"of num_hidden_layers={hf.num_layers} for FP8; lower them, or set fp8.recipe=none"
+        )
     rule = RULES[fp8.recipe]
     for matrix in fp8_matrices(hf, parallel):
         for side, size, multiple in (("output", matrix.outer, rule.outer), ("input", matrix.inner, rule.inner)):

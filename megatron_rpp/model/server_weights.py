@@ -25,7 +25,7 @@ def server_weights(config: Config) -> tuple[str, Collection[int]]:
 
 def server_dtype(config: Config, hf: HFConfig) -> str:
     """Type of the servers' weights: float32, bfloat16 or float8. The same on every host."""
-    is_float8 = config.fp8.recipe == "blockwise" and why_other_values(config, hf) is None
+    is_float8 = config.fp8.recipe == "blockwise" and why_not_float8(config, hf) is None
     return "float8" if is_float8 and config.weight_sync.dtype == "auto" else _without_training(config)
 
 
@@ -39,6 +39,15 @@ def kept_layers(config: Config, hf: HFConfig) -> Collection[int]:
         return ()
     first, last = config.fp8.bf16_first_layers, hf.num_layers - config.fp8.bf16_last_layers
     return [layer for layer in range(hf.num_layers) if layer < first or layer >= last]
+
+
+def why_not_float8(config: Config, hf: HFConfig) -> str | None:
+    """Why weight_sync.dtype=auto gives servers no float8 weights where there is FP8 training; None: nothing is in the
+    way."""
+    rollout = config.rollout
+    if config.fp8.is_on and (rollout.urls or rollout.urls_file):
+        return f"what servers of rollout.{'urls' if rollout.urls else 'urls_file'} were started with is not known"
+    return why_other_values(config, hf)
 
 
 def why_other_values(config: Config, hf: HFConfig) -> str | None:

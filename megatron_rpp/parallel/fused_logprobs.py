@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_rpp.device.compiler import any_size, kernel
+from megatron_rpp import device
+from megatron_rpp.device.compiler import any_size, forget_kernels, kernel, why_no_kernels
+from megatron_rpp.device.memory import wait_for_device
 
 
 class FusedLogprobs(torch.autograd.Function):
@@ -68,6 +70,28 @@ class FusedLogprobs(torch.autograd.Function):
             any_size(gradient), any_size(columns), any_size(of_rows, dim=1), ctx.valid, ctx.temperature, ctx.softcap
         )
         return gradient, *(None,) * 7
+
+
+def why_not_fused() -> str | None:
+    """What keeps these kernels from this host and its device, in words; None where both have compiled and run.
+
+    Compilers that are there may still not work together: Triton, its compiler, the driver and the GPU each are of
+    some version.
+    """
+    if missing := why_no_kernels():
+        return missing
+    try:
+        logits = torch.zeros(4, 8, dtype=torch.bfloat16, device=device.current(), requires_grad=True)
+        targets = torch.arange(3, device=logits.device)
+        logprobs, entropy = FusedLogprobs.apply(logits, targets, targets, 7, 1.0, None, None, False)
+        (logprobs.sum() + entropy.sum()).backward()
+        wait_for_device()
+    except Exception as error:  # whatever compilers and drivers raise
+        cause = getattr(error, "inner_exception", error)  # torch's own first line only says where it was raised
+        return f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
+    finally:
+        forget_kernels()  # or the sizes of these tensors would be the first of several that kernels are compiled for
+    return None
 
 
 def _over_ranks(found: Tensor, group: ProcessGroup | None) -> Tensor:

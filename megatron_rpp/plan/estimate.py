@@ -6,14 +6,19 @@ from dataclasses import replace
 
 from megatron_rpp import device
 from megatron_rpp.config.errors import ConfigError
+from megatron_rpp.config.fp8_checks import check_fp8
 from megatron_rpp.config.layout_words import by_keys
+from megatron_rpp.config.memory_checks import check_offload
 from megatron_rpp.config.schema import Config, ModelConfig, ParallelConfig
+from megatron_rpp.config.speed_checks import check_speed
 from megatron_rpp.config.validate import check_packing
 from megatron_rpp.model.checks import check_lengths, check_split
+from megatron_rpp.model.fp8_shapes import check_fp8_shapes
 from megatron_rpp.model.hf_config import HFConfig
 from megatron_rpp.model.hf_mapping import read_hf_config
 from megatron_rpp.model.hf_mapping.mtp import without_mtp
 from megatron_rpp.model.server_weights import server_dtype
+from megatron_rpp.model.speed import check_speed_of_model
 from megatron_rpp.plan.memory import GRADIENT, RESERVE_BYTES, Plan, Servers
 from megatron_rpp.plan.parts import count_parts, kinds_of
 from megatron_rpp.plan.stages import stage_memory
@@ -28,13 +33,19 @@ def plan(config: Config, gpus: int | None = None) -> Plan:
     Needs config.json of model.path and nothing else of it. Must not be called by a rank of a job.
 
     Raises:
-        ConfigError: the model does not divide over the layout, or the layout not over `gpus`.
+        ConfigError: what `rpp train` refuses of model, layout, lengths, FP8, recomputation, graphs and off-loading;
+            or the layout does not divide over `gpus`.
     """
     hf = without_mtp(read_hf_config(config.model.path))
     given, config = config, replace(config, parallel=_on_gpus(config, gpus))
     check_split(config.parallel, hf)
     check_lengths(config, hf)
     check_packing(config)
+    check_fp8(config)
+    check_fp8_shapes(config, hf)
+    check_speed(config)
+    check_speed_of_model(config, hf)
+    check_offload(config)
     _check_batches(config)
     parallel, stages = config.parallel, tuple(stage_memory(hf, config))
     total, _ = total_parameters(hf, config.model)

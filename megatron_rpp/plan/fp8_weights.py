@@ -22,12 +22,11 @@ def fp8_weights(config: Config, elements: int) -> Fp8Weights:
     """elements: of the rank's matrices that are computed in FP8.
 
     Products want each matrix as it is and transposed, which on Hopper are two copies (per-tensor recipes on
-    Blackwell need one). With fp8.params the first of them is the parameter itself; but for mxfp8, whose values
-    differ by direction: Megatron gathers it in bfloat16, and both are copies.
+    Blackwell need one). With fp8.params the first of them is the parameter itself.
     """
     if not config.fp8.is_on:
         return Fp8Weights()
     scales = round(elements * _SCALES.get(config.fp8.recipe, 0.0))
-    if config.fp8.params and config.fp8.recipe != "mxfp8":
+    if config.fp8.params:
         return Fp8Weights(copies=elements + scales, narrower=elements)
     return Fp8Weights(copies=2 * elements + scales)

@@ -57,7 +57,12 @@ class StageMemory:
 
     def _away(self, *names: str) -> int:
         """Of `names` those that are off-loaded."""
-        return sum(int(getattr(self, f"{name.removesuffix('s')}_bytes")) for name in names if name in self.offloaded)
+        held = {
+            "gradients": self.gradient_bytes,
+            "optimizer": self.optimizer_bytes,
+            "reference": self.reference_bytes,
+        }
+        return sum(held[name] for name in names if name in self.offloaded)
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,9 @@ def recompute_core_attention(model: torch.nn.Module) -> None:
 
 
 def _checkpointed(module: Any, query: Tensor, key: Tensor, value: Tensor, *mask: Any, **options: Any) -> Any:
-    forward = lambda *qkv: module.core_attention(*qkv, *mask, **options)  # noqa: E731
+    def forward(*qkv: Tensor) -> Any:
+        return module.core_attention(*qkv, *mask, **options)
+
     return tensor_parallel.checkpoint(forward, False, query, key, value)
 
 

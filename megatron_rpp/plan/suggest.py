@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_rpp.config.fields import build, flatten
 from megatron_rpp.config.schema import Config, ParallelConfig
+from megatron_rpp.config.toml_text import written
 from megatron_rpp.model.hf_config import HFConfig
 from megatron_rpp.model.hf_mapping import read_hf_config
 from megatron_rpp.model.hf_mapping.mtp import without_mtp
@@ -30,7 +31,7 @@ class Suggestion:
         return {"settings": dict(self.settings), "gpus": self.plan.gpus, "needed_bytes": self.plan.needed_bytes}
 
     def __str__(self) -> str:
-        return " ".join(f"--{key}={_text(value)}" for key, value in self.settings.items())
+        return " ".join(f"--{key}={written(value)}" for key, value in self.settings.items())
 
 
 def suggest(config: Config, gpus: int, gpu_bytes: float) -> Suggestion | None:
@@ -162,9 +163,3 @@ def _fitting(config: Config, gpus: int, gpu_bytes: float, changes: Iterator[dict
 
 def _powers(limit: int) -> list[int]:
     return [1 << i for i in range(limit.bit_length())]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(value)
-    return str(value).lower() if isinstance(value, bool) else str(value)

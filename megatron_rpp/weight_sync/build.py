@@ -13,7 +13,7 @@ from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.schema import Config
 from megatron_rpp.model.build import Model
 from megatron_rpp.model.hf_config import HFConfig
-from megatron_rpp.model.server_weights import server_dtype, why_other_values
+from megatron_rpp.model.server_weights import server_dtype, why_not_float8, why_other_values
 from megatron_rpp.rollout.fleet import ServerFleet
 from megatron_rpp.rollout.journal import Journal
 from megatron_rpp.rollout.sglang_client import SGLangClient
@@ -61,7 +61,8 @@ def _check_float8(config: Config, hf: HFConfig) -> None:
         raise ConfigError(
             f"fp8.recipe=blockwise must go without {_FLOAT32_SCALES}: servers get powers of two as scales"
         )
-    chosen, reason = config.weight_sync.dtype, why_other_values(config, hf)
+    chosen = config.weight_sync.dtype
+    reason = (why_not_float8 if chosen == "auto" else why_other_values)(config, hf)
     if reason is not None and chosen in ("auto", "float8"):
         what = f"are {server_dtype(config, hf)}" if chosen == "auto" else "differ from the trainer's"
         logger.info("weight_sync.dtype=%s: the servers' weights %s, since %s", chosen, what, reason)

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from torch.distributed import PrefixStore
 
 from megatron_rpp.config.presets import algorithm_config
 from megatron_rpp.config.rollout import RolloutConfig
@@ -29,6 +27,7 @@ from megatron_rpp.model.export_hf import hf_tensors
 from megatron_rpp.model.hf_mapping import read_hf_config
 from megatron_rpp.parallel import bootstrap
 from megatron_rpp.parallel.context import ParallelContext
+from tests.support.layouts_in_turn import take_layout
 
 PROMPTS, SAMPLES, VOCAB, LONGEST = 8, 2, 19, 60
 LAYOUTS = {  # of four ranks: one launch for all
@@ -125,10 +124,10 @@ def failures(config: Config, parallel: ParallelContext) -> dict[str, str]:
 
 def main() -> None:
     model, out = sys.argv[1], Path(sys.argv[2])
-    first = parallel = bootstrap.initialize(LAYOUTS["dp4"], seed=0)
+    first = None
     for name, layout in LAYOUTS.items():
-        parallel_state.destroy_model_parallel()
-        parallel = bootstrap.megatron_groups(layout, 0, PrefixStore(name, first.store), first.place)
+        parallel = take_layout(name, layout, first)
+        first = first or parallel
         for mode in MODES if layout.context == 1 else ("packed",):
             torch.save(run_step(config_of(model, layout, mode), parallel), out / f"{name}-{mode}-{parallel.rank}.pt")
     told = failures(config_of(model, LAYOUTS["cp2_dp2"], "packed"), parallel)

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
-from torch.distributed import PrefixStore
 
 from megatron_rpp.checkpoint.manager import Checkpointer
 from megatron_rpp.checkpoint.run_state import RunState
@@ -29,6 +27,7 @@ from megatron_rpp.model.export_hf import hf_tensors
 from megatron_rpp.parallel import bootstrap
 from megatron_rpp.parallel.context import ParallelContext
 from tests.distributed.invariance_worker import own_rows
+from tests.support.layouts_in_turn import take_layout
 
 ALL = ("optimizer", "gradients", "reference")
 BLOCK_BYTES = 1000  # so that parameters begin in one and end in another
@@ -139,12 +138,8 @@ def main() -> None:
     out, first = Path(sys.argv[2]), None
     for name, settings in jobs.items():
         config = build(settings)
-        if first is None:
-            first = parallel = bootstrap.initialize(config.parallel, seed=0)
-        else:
-            parallel_state.destroy_model_parallel()
-            store = PrefixStore(name, first.store)
-            parallel = bootstrap.megatron_groups(config.parallel, 0, store, first.place)
+        parallel = take_layout(name, config.parallel, first)
+        first = first or parallel
         found = case(config, parallel, out / name)
         (out / f"{name}-{parallel.rank}.json").write_text(json.dumps(found))
     bootstrap.shutdown()

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
-from torch.distributed import PrefixStore
 
 from megatron_rpp.config.fields import build
 from megatron_rpp.config.schema import Config
@@ -23,6 +21,7 @@ from megatron_rpp.experience.types import ExperienceBatch
 from megatron_rpp.model.build import Model, build_model
 from megatron_rpp.parallel import bootstrap
 from megatron_rpp.parallel.context import ParallelContext
+from tests.support.layouts_in_turn import take_layout
 
 
 class LiveSaved:
@@ -126,12 +125,8 @@ def main() -> None:
     out, first = Path(sys.argv[2]), None
     for name, settings in jobs.items():
         config = build({k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
-        if first is None:
-            first = parallel = bootstrap.initialize(config.parallel, seed=0)
-        else:
-            parallel_state.destroy_model_parallel()
-            store = PrefixStore(name, first.store)
-            parallel = bootstrap.megatron_groups(config.parallel, 0, store, first.place)
+        parallel = take_layout(name, config.parallel, first)
+        first = first or parallel
         (out / f"{name}-{parallel.rank}.json").write_text(json.dumps(measure(config, parallel)))
     bootstrap.shutdown()
 

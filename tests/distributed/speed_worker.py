@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
 from torch import Tensor
-from torch.distributed import PrefixStore
 
 from megatron_rpp.config.fields import build
 from megatron_rpp.config.schema import Config
@@ -28,6 +26,7 @@ from megatron_rpp.model.build import Model, build_model
 from megatron_rpp.parallel import bootstrap
 from megatron_rpp.parallel.context import ParallelContext
 from tests.distributed.plan_worker import LiveSaved
+from tests.support.layouts_in_turn import take_layout
 
 STEPS, ROWS, LENGTH = 2, 4, 12
 BF16_STEPS = 8
@@ -120,11 +119,8 @@ def main() -> None:
     )
     for case, job in cases.items():
         config = build(job["settings"])
-        if first is None:
-            first = parallel = bootstrap.initialize(config.parallel, seed=0)
-        else:
-            parallel_state.destroy_model_parallel()
-            parallel = bootstrap.megatron_groups(config.parallel, 0, PrefixStore(case, first.store), first.place)
+        parallel = take_layout(case, config.parallel, first)
+        first = first or parallel
         plain, found = train(config, parallel), {}
         for name, changes in job["variants"].items():
             changed = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}

@@ -13,9 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.core import parallel_state
-from torch.distributed import PrefixStore
-
 from megatron_rpp.config.rollout import RolloutConfig
 from megatron_rpp.config.schema import Config, ModelConfig, ParallelConfig, WeightSyncConfig
 from megatron_rpp.model.build import Model, build_model
@@ -29,6 +26,7 @@ from megatron_rpp.rollout.fleet import ServerFleet
 from megatron_rpp.rollout.sglang_client import SGLangClient
 from megatron_rpp.weight_sync.build import build_engine
 from megatron_rpp.weight_sync.synced_engine import SyncedRolloutEngine
+from tests.support.layouts_in_turn import take_layout
 
 DEADLINE_S = 60.0
 
@@ -76,9 +74,8 @@ def main() -> None:
 def run(job: Job, first: ParallelContext, out: Path) -> None:
     """All syncs of `job`, as versions 0, 1, ..."""
     config = job.config()
-    parallel_state.destroy_model_parallel()
     # An exchange numbers its keys from 1, so that every engine needs a store of its own.
-    parallel = bootstrap.megatron_groups(job.layout, 0, PrefixStore(job.name, first.store), first.place)
+    parallel = take_layout(job.name, job.layout, first)
     policy = build_model(config, parallel, path=job.paths[0])
     fleet = ServerFleet(config) if parallel.rank == 0 else None
     engine = build_engine(config, policy, fleet, SGLangClient((), config.rollout, decode=lambda ids: ""))

@@ -1,4 +1,4 @@
-"""Expandable segments: where they would break a run, and where they are turned on."""
+"""Expandable segments: where they would break a run or a server."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
-from megatron_rpp.config.allocator import check_allocator, for_server, may_expand
+from megatron_rpp.config.allocator import check_allocator, for_server
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.fields import build
 from megatron_rpp.config.preflight import check_host
 from megatron_rpp.config.rollout import RolloutConfig
 
 IPC = {"weight_sync.transports": ("broadcast", "ipc")}
+GRAPHS = {"train.cuda_graphs": True}
 ON = "max_split_size_mb:128,expandable_segments:True"
 
 
@@ -30,27 +31,28 @@ def test_ipc_is_refused_before_it_could_fail_in_the_middle_of_a_sync(
 
 @pytest.mark.parametrize(
     ("settings", "environment"),
-    [({}, {"PYTORCH_ALLOC_CONF": ON}), (IPC, {}), (IPC, {"PYTORCH_ALLOC_CONF": "expandable_segments:False"})],
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": ON}),
+        (IPC, {}),
+        (IPC, {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}),
+        (GRAPHS, {}),
+        (GRAPHS, {"PYTORCH_ALLOC_CONF": ON, "NCCL_GRAPH_REGISTER": "0"}),
+    ],
 )
 def test_what_works_is_not_refused(settings: dict[str, Any], environment: dict[str, str]) -> None:
     check_allocator(build(settings), environment)
 
 
-@pytest.mark.parametrize(
-    ("settings", "environment", "expected"),
-    [
-        ({}, {}, True),
-        ({"rollout.release_memory": True}, {}, True),  # the trainer itself has no memory saver
-        (IPC, {}, False),
-        ({"train.cuda_graphs": True}, {}, False),
-        ({}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}, False),  # the user knows better
-        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, False),
-    ],
-)
-def test_the_trainer_turns_them_on_only_where_nothing_speaks_against_it(
-    settings: dict[str, Any], environment: dict[str, str], expected: bool
-) -> None:
-    assert may_expand(build(settings), environment) is expected
+def test_a_run_without_servers_sends_nothing_that_could_not_be_sent() -> None:
+    check_allocator(build(IPC), {"PYTORCH_ALLOC_CONF": ON}, syncs=False)
+
+
+@pytest.mark.parametrize("registers", [{}, {"NCCL_GRAPH_REGISTER": "1"}])
+def test_graphs_are_refused_where_nccl_would_register_what_lies_in_such_segments(registers: dict[str, str]) -> None:
+    message = "PYTORCH_ALLOC_CONF=.* must go without expandable_segments: with train.cuda_graphs.*NCCL_GRAPH_REGISTER=0"
+    for syncs in (True, False):
+        with pytest.raises(ConfigError, match=message):
+            check_allocator(build(GRAPHS), {"PYTORCH_ALLOC_CONF": ON, **registers}, syncs=syncs)
 
 
 @pytest.mark.parametrize(

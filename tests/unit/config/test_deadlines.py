@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rpp.config.deadlines import longest_wait_s, phase_deadline_s
+from megatron_rpp.config.deadlines import longest_wait_s, phase_deadline_s, watchdog_of
 from megatron_rpp.config.fields import build
 
 LIMITS = {
@@ -39,3 +39,11 @@ def test_no_collective_gives_up_before_its_phase_is_over(changes: dict[str, Any]
     longest = max(phase_deadline_s(config, name) for name in ("rollout", "reward", "sync", "eval"))
     assert longest_wait_s(config) <= longest
     assert longest_wait_s(config) >= phase_deadline_s(config, "reward")
+
+
+def test_a_rank_that_writes_a_trace_is_not_declared_dead_meanwhile() -> None:
+    traced = build({"profile.steps": (1,), "watchdog.stall_deadline_s": 7.0})
+    assert watchdog_of(traced).heartbeat_deadline_s >= 600 and watchdog_of(traced).stall_deadline_s == 7.0
+    patient = build({"profile.steps": (1,), "watchdog.heartbeat_deadline_s": 900.0})
+    for same in (patient, build({}), build({"profile.steps": (1,), "profile.record": ("memory",)})):
+        assert watchdog_of(same) == same.watchdog

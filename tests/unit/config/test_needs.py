@@ -14,12 +14,21 @@ from megatron_rpp.config.schema import Config
 from megatron_rpp.config.validate import validate
 
 Make = Callable[..., Config]
-DEFAULT = object()
+AS_FLAGS = {
+    "fp8.params": "true",
+    "memory.recompute_modules": "mlp,moe",
+    "reward.model_urls": "http://a:1",
+    "reward.model_server_args": "--x",
+    "data.train.task_args": '{"a" = 1}',
+}
+"""Where Python writes a value in another way."""
 
 
 @pytest.mark.parametrize(
     ("key", "value", "needs"),
     [
+        ("fp8.params", True, "fp8.recipe, such as blockwise"),
+        ("memory.recompute_modules", ("mlp", "moe"), "memory.recompute=selective"),
         ("reward.function", "a.b:f", "reward.kind=function, or such a reward of a source"),
         ("reward.url", "http://a:1", "reward.kind=remote, or such a reward of a source"),
         ("reward.model_path", "m", "reward.kind=model, or such a reward of a source"),
@@ -45,7 +54,7 @@ def test_a_key_without_what_it_needs_is_named(make: Make, key: str, value: Any, 
         open(each, "w").close()
     with pytest.raises(ConfigError) as caught:
         validate(make({**more, key: value}), "train")
-    assert str(caught.value).startswith(f"{key}={value} must go with {needs}")
+    assert str(caught.value).startswith(f"{key}={AS_FLAGS.get(key, value)} must go with {needs}")
     assert str(caught.value).endswith("; else it does nothing")
     default = fields()[key.replace("evals.x", "evals.NAME")].default
     validate(make({**more, key: default}), "train")
@@ -67,6 +76,13 @@ def test_what_is_needed_may_come_from_any_source(make: Make, tmp_path: Any) -> N
     validate(make(remote), "train")
     validate(make({"schedule.max_deferrals": 5, "schedule.token_budget": 100}), "train")
     validate(make({"schedule.max_draws": 2.0, "schedule.dynamic_sampling": True}), "train")
+
+
+def test_chunks_are_for_log_probs_that_are_not_fused(make: Make) -> None:
+    chunks = {"train.logprob_chunk_tokens": 8}
+    with pytest.raises(ConfigError, match=r"chunk_tokens=8 must go with train\.fused_logprobs=off or auto; else"):
+        validate(make({**chunks, "train.fused_logprobs": "on"}), "train")
+    validate(make(chunks), "train")
 
 
 def test_the_table_names_keys_that_are_there() -> None:

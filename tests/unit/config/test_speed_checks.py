@@ -20,7 +20,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**SELECTIVE, "memory.recompute_modules": ()}, "memory.recompute_modules is empty"),
     ({**SELECTIVE, "memory.recompute_modules": ("mlp", "mlp")}, "names one twice"),
     ({**SELECTIVE, "memory.recompute_modules": ("attention",)}, "must be one of: core_attn"),
-    ({"memory.recompute_modules": ("mlp",)}, "must go with memory.recompute=selective"),
+    ({"memory.recompute_modules": ("mlp",)}, "memory.recompute_modules=mlp must go with memory.recompute=selective"),
     ({**GRAPHS, "model.layer_spec": "local"}, "model.layer_spec=local must be te where train.cuda_graphs=true"),
     ({**GRAPHS, "train.micro_batch_tokens": 8192}, "train.micro_batch_tokens=8192 must be 0"),
     ({**GRAPHS, "parallel.pipeline": 2}, "parallel.pipeline=2 must be 1"),
@@ -31,7 +31,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"profile.steps": (1,), "profile.ranks": ()}, "must name some of the 1 ranks"),
     ({"profile.steps": (1,), "profile.record": ()}, "profile.record is empty"),
     ({"profile.steps": (1,), "profile.record": ("trace", "nvtx")}, "one of them at a time"),
-    ({"profile.record": ("nvtx",)}, "must go with profile.steps"),
+    ({"profile.record": ("nvtx",)}, "profile.record=nvtx must go with profile.steps"),
+    ({"profile.steps": (1, 1)}, "profile.steps=1,1 names one twice"),
+    ({"profile.steps": (1,), "profile.ranks": (0, 0)}, "profile.ranks=0,0 names one twice"),
+    ({"profile.steps": (1,), "profile.record": ("trace", "trace")}, "profile.record=trace,trace names one twice"),
 ]
 
 

@@ -121,6 +121,8 @@ def test_every_number_has_a_range_but_the_rewards() -> None:
         ({"sft.data": ""}, "sft.data is not set"),
         ({"sft.output": ""}, "sft.output is not set"),
         ({"parallel.data": 3}, "parallel.data=3 must divide sft.batch_size=128"),
+        ({"memory.offload": ("optimizer", "gradients")}, "memory.offload=optimizer,gradients is for `rpp train`"),
+        ({"profile.steps": (1000,)}, "profile.steps=1000 is for `rpp train`"),
         ({"sft.min_lr": 1.0}, "sft.min_lr=1.0 must be at most sft.lr=0.001"),
     ],
 )
@@ -134,6 +136,7 @@ def test_sft_must_not_overwrite_the_model_it_starts_from(make: Make, model_dir: 
 
 def test_sft_does_not_need_what_only_rollouts_use(make: Make) -> None:
     validate(make({"model.path": "", "data.train.path": "", "rollout.num_prompts": 7}), "sft")
+    validate(make({"profile.ranks": (7,), "run.steps": 1}), "sft")
 
 
 def test_a_port_in_use_is_refused_and_a_free_or_attached_one_is_not(make: Make) -> None:

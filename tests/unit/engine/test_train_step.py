@@ -139,7 +139,8 @@ def test_a_gradient_that_is_not_finite_is_an_error(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "sum_over", lambda _: lambda x: x)
     megatron = SimpleNamespace(zero_grad=lambda: None, step=lambda: (True, norm, None))
     optimizer: Any = SimpleNamespace(megatron=megatron, schedule=SimpleNamespace(step=lambda increment: None))
-    model: Any = SimpleNamespace(chunks=[], parallel=SimpleNamespace(dp_group=None))
+    in_bfloat16 = SimpleNamespace(fp8=None, fp8_recipe=None)
+    model: Any = SimpleNamespace(chunks=[], config=in_bfloat16, parallel=SimpleNamespace(dp_group=None))
     head: Any = None
     with pytest.raises(FloatingPointError):
         module.optimizer_step(model, optimizer, make_batch([1]), head, TrainConfig())

@@ -79,3 +79,11 @@ def test_odd_widths_have_no_fp8_at_all() -> None:
 def test_layers_in_bfloat16_are_at_most_those_of_a_stage() -> None:
     check_fp8_shapes(config("tensorwise", first=18, pipeline=2), QWEN)
     assert "fp8.bf16_first_layers=19 must be at most 18" in message(QWEN, "tensorwise", first=19, pipeline=2)
+
+
+def test_some_layer_is_left_for_fp8() -> None:
+    for first, last in ((18, 18), (36, 1)):
+        kept = Config(fp8=Fp8Config("tensorwise", bf16_first_layers=first, bf16_last_layers=last))
+        with pytest.raises(ConfigError, match=f"bf16_first_layers={first} and .*={last} leave none of num_hidden.*=36"):
+            check_fp8_shapes(kept, QWEN)
+    check_fp8_shapes(Config(fp8=Fp8Config("tensorwise", bf16_first_layers=18, bf16_last_layers=17)), QWEN)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +95,21 @@ def test_auto_falls_back_where_a_block_would_cross_a_seam_or_a_cut(
         check_weight_sync(replace(asked, weight_sync=WeightSyncConfig(dtype="bfloat16")), hf)
     told = [line for line in caplog.messages if line.startswith("weight_sync.dtype=")]
     assert len(told) == (0 if reason is None else 2) and all(reason in line for line in told if reason)
+
+
+@pytest.mark.parametrize(("key", "value"), [("urls", ("http://a:1",)), ("urls_file", "servers")])
+def test_auto_takes_no_servers_for_float8_that_others_started(
+    key: str, value: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    attached = replace(config(), rollout=RolloutConfig(**{key: value}))
+    assert server_dtype(attached, HF) == "bfloat16" and export_dtype(attached, HF) is None
+    asked = replace(attached, weight_sync=WeightSyncConfig(dtype="float8"))
+    assert server_dtype(asked, HF) == "float8"
+    with caplog.at_level(logging.INFO):
+        check_weight_sync(attached, HF)
+        check_weight_sync(asked, HF)
+    (told,) = [line for line in caplog.messages if line.startswith("weight_sync.dtype=")]
+    assert told.endswith(f"servers of rollout.{key} were started with is not known")
 
 
 def test_widths_of_experts_count_and_those_of_dense_layers_only_where_there_are_any() -> None:

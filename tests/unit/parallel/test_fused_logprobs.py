@@ -200,3 +200,13 @@ def test_the_kernels_are_compiled() -> None:
     with compilations() as count:
         fused_logprobs._statistics(torch.randn(3, 8), torch.arange(3), torch.arange(3), 8, 1.0, None)
     assert count == [1]
+
+
+def test_a_trial_compiles_and_runs_both_kernels_and_leaves_nothing_behind() -> None:
+    """What they are compiled for later must not be more general, and slower, for the trial's few columns."""
+    torch._dynamo.reset()
+    with compilations() as count:
+        assert fused_logprobs.why_not_fused() is None
+    assert count == [2]
+    assert not torch._dynamo.convert_frame.output_codes.seen
+    assert torch._inductor.config.compile_threads == 1, "in this process, and in no pool of 32 others"

@@ -293,14 +293,3 @@ def test_transformers_reads_the_quantization_config_as_blocks_of_fp8() -> None:
         "quant_method": "fp8",
         "weight_block_size": [128, 128],
     }
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares CUDA with CPU")
-def test_cuda_gives_the_bytes_that_cpu_gives() -> None:
-    weight = torch.randn(300, 200, generator=torch.Generator().manual_seed(4))
-    for power_of_two in (False, True):
-        w8, scales = quantize(weight, power_of_two=power_of_two)
-        on_cuda, scales_on_cuda = quantize(weight.cuda(), power_of_two=power_of_two)
-        assert torch.equal(on_cuda.cpu().view(torch.uint8), w8.view(torch.uint8))
-        assert torch.equal(scales_on_cuda.cpu(), scales)
-        assert torch.equal(dequantize(on_cuda, scales_on_cuda).cpu(), dequantize(w8, scales))
