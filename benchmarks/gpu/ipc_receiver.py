@@ -8,19 +8,13 @@ Prints its URL, and ends with its stdin. tests/support/receiver.py is the one th
 from __future__ import annotations
 
 import base64
-import json
 import pickle
-import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
-from typing import Any
 
 from torch import Tensor
 
+from benchmarks.gpu.receiving import Reply, serve
 from megatron_rpp.device import has_cuda, select
 from megatron_rpp.device.memory import wait_for_device
-
-Reply = dict[str, Any]
 
 
 class Receiver:
@@ -51,34 +45,10 @@ class Receiver:
         wait_for_device()  # the sender's buffer is its own again once this is answered
 
 
-def serve(receiver: Receiver) -> ThreadingHTTPServer:
-    """On a free port of loopback; not yet running."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self._answer({})
-
-        def do_POST(self) -> None:
-            self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-        def _answer(self, body: Reply) -> None:
-            text = json.dumps(receiver.answer(self.path.partition("?")[0], body)).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
-
-        def log_message(self, *args: object) -> None: ...
-
-    return ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-
-
 def main() -> None:
     select()
-    server = serve(Receiver())
-    print(f"http://127.0.0.1:{server.server_port}", flush=True)
-    Thread(target=server.serve_forever, daemon=True).start()
-    sys.stdin.read()
+    receiver = Receiver()
+    serve(lambda path, body: (200, receiver.answer(path, body)))
 
 
 if __name__ == "__main__":

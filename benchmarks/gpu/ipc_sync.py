@@ -11,10 +11,7 @@ handles, the requests carry the bytes.
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -23,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.models import random_model, shape
+from benchmarks.gpu.receiving import receiver
 from benchmarks.gpu.timing import measure
 from megatron_rpp.config.schema import Config, ModelConfig, RolloutConfig, WeightSyncConfig
 from megatron_rpp.parallel.context import ParallelContext
@@ -36,7 +34,7 @@ Result = dict[str, Any]
 def run(parallel: ParallelContext, folder: Path, args: argparse.Namespace) -> Iterator[Result]:
     """One result."""
     name = "tiny" if args.tiny else args.sync_model
-    with receiver() as url:
+    with receiver("benchmarks.gpu.ipc_receiver") as url:
         config = Config(
             model=ModelConfig(
                 path=str(folder / name), dtype="bfloat16", layer_spec="local" if args.tiny else "te", vocab_divisor=128
@@ -73,23 +71,6 @@ def copy_seconds(size: int, here: torch.device, repeats: int) -> float:
     """Of `size` bytes from one place on the device to another."""
     source, target = (torch.ones(size, dtype=torch.uint8, device=here) for _ in range(2))
     return measure(lambda: target.copy_(source), repeats=repeats).seconds
-
-
-@contextmanager
-def receiver() -> Iterator[str]:
-    """The URL of a fresh one, which ends with the block."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.gpu.ipc_receiver"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdin is not None and process.stdout is not None
-    try:
-        url = process.stdout.readline().strip()
-        if not url:
-            sys.exit("the receiver has ended; its error is above")
-        yield url
-    finally:
-        process.stdin.close()
-        process.wait()
 
 
 def line(found: Result) -> str:

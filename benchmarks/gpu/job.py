@@ -6,8 +6,10 @@ import argparse
 import datetime
 import importlib
 import json
+import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from megatron_rpp import device
 from megatron_rpp.config.schema import ParallelConfig
 from megatron_rpp.device.gpus import gpus, package_version, software
 from megatron_rpp.parallel import bootstrap
+from megatron_rpp.parallel.context import ParallelContext
 
 ALL = ("logprobs", "ipc_sync", "train_step")  # the quick ones first
 PACKAGES = ("torch", "megatron-core", "transformer-engine")
@@ -29,17 +32,32 @@ def main(*names: str) -> None:
         sys.exit("no CUDA GPU; --tiny runs the same on CPU, for its typos alone")
     found: dict[str, Any] = about()
     print("  ".join(f"{name} {value}" for name, value in found.items()), flush=True)
-    parallel = bootstrap.initialize(ParallelConfig(), seed=0)
+    parallel, failed = bootstrap.initialize(ParallelConfig(), seed=0), False
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     try:
         with tempfile.TemporaryDirectory(prefix="benchmarks-gpu-") as scratch:
             for name, module in modules.items():
                 found[name] = []
-                for result in module.run(parallel, Path(scratch), args):
-                    found[name].append(result)
-                    print(module.line(result), flush=True)
-    finally:
+                failed |= not measured(module, parallel, Path(scratch), args, found[name])
+    finally:  # also of a run that its time limit ends
+        print(json.dumps(found), flush=True)
         bootstrap.shutdown()
-    print(json.dumps(found))
+    if failed:
+        sys.exit("a benchmark has failed; its error is above")
+
+
+def measured(
+    module: Any, parallel: ParallelContext, folder: Path, args: argparse.Namespace, results: list[dict[str, Any]]
+) -> bool:
+    """Add what `module` finds to `results`, and print each as it comes. False where it failed: others go on."""
+    try:
+        for result in module.run(parallel, folder, args):
+            results.append(result)
+            print(module.line(result), flush=True)
+    except Exception:
+        traceback.print_exc()
+        return False
+    return True
 
 
 def about() -> dict[str, str]:

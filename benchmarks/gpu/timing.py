@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_rpp.device.gpus import gpus
+from megatron_rpp.device.gpus import gpus, package_version, software
 from megatron_rpp.device.memory import forget_peak, memory_use, wait_for_device
 
 # Dense bfloat16 FLOP/s that the makers give, by a part of the GPU's name.
@@ -46,8 +46,13 @@ def peak_flops() -> float | None:
 
 
 def recipes() -> tuple[str, ...]:
-    """Of fp8.recipe, those that this rank's GPU runs; none on CPU."""
+    """Of fp8.recipe, those that this rank's GPU runs with the CUDA and Transformer Engine here; none on CPU."""
     from megatron_rpp.config.fp8_recipes import RULES, why_not
 
-    found = gpus()
-    return tuple(name for name in RULES if found and not why_not(name, found[0].name, found[0].capability))
+    cuda, engine = software().get("CUDA", ""), package_version("transformer-engine")
+    return tuple(
+        name
+        for name in RULES
+        for gpu in gpus()[:1]
+        if not why_not(name, gpu.name, gpu.capability, cuda=cuda, engine=engine)
+    )

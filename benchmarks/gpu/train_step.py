@@ -40,7 +40,7 @@ RECOMPUTED = {("qwen3-4b", 32768)}  # whose activations would not fit into 140 G
 
 
 def run(parallel: ParallelContext, folder: Path, args: argparse.Namespace) -> Iterator[Result]:
-    """One result a model, length and precision, as they come; what does not fit has `error`."""
+    """One result a model, length and precision, as they come; what does not run has `error`."""
     models, lengths = (
         (["tiny"], [64]) if args.tiny else (args.models.split(","), [int(n) for n in args.tokens.split(",")])
     )
@@ -51,16 +51,22 @@ def run(parallel: ParallelContext, folder: Path, args: argparse.Namespace) -> It
             plain: float | None = None
             for recipe in ("none", *recipes()):
                 found: Result = {"model": name, "tokens": tokens, "recipe": recipe, "matmul_tflops": matmul / 1e12}
-                try:
-                    found |= one(hf, parallel, config_of(name, tokens, recipe, args), args)
-                except torch.OutOfMemoryError as error:
-                    yield found | {"error": str(error).partition(".")[0]}
+                found |= attempt(hf, parallel, config_of(name, tokens, recipe, args), args)
+                gc.collect()
+                device.free_cached_memory()
+                if "error" in found:
+                    yield found
                     continue
-                finally:
-                    gc.collect()
-                    device.free_cached_memory()
                 plain = plain or (found["seconds"] if recipe == "none" else None)
                 yield found | against(found, matmul, plain)
+
+
+def attempt(hf: HFConfig, parallel: ParallelContext, config: Config, args: argparse.Namespace) -> Result:
+    """`one`, or the first line of what it raised as `error`: what does not fit, or a recipe that does not run."""
+    try:
+        return one(hf, parallel, config, args)
+    except (RuntimeError, ValueError, AssertionError, FloatingPointError) as error:
+        return {"error": f"{type(error).__name__}: {error}".partition("\n")[0]}
 
 
 def config_of(name: str, tokens: int, recipe: str, args: argparse.Namespace) -> Config:

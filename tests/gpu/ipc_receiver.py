@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.gpu.receiving import Reply
 from tests.support import receiver
-from tests.support.receiver import Receiver, Refused, Reply
+from tests.support.receiver import Receiver, Refused
 
 
 class IpcReceiver(Receiver):
@@ -32,8 +33,7 @@ class IpcReceiver(Receiver):
 def main() -> None:
     if torch.cuda.is_available():
         torch.cuda.init()  # a handle is opened in a request's thread
-    receiver.Receiver = IpcReceiver  # type: ignore[misc]
-    receiver.main()
+    receiver.main(IpcReceiver)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
 
+from benchmarks.gpu.receiving import receiver
 from megatron_rpp.config.rollout import RolloutConfig
 from megatron_rpp.engine.optimizer import make_trainable
 from megatron_rpp.model.build import build_model
@@ -32,9 +32,9 @@ from tests.support.servers import running
 ELSEWHERE = "RPP_SGLANG_PYTHONPATH"
 SERVER_ARGS = (
     *("--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"),
-    *("--mem-fraction-static", "0.2"),
+    *("--mem-fraction-static", "0.3"),
 )
-STEPS = 2
+STEPS, TIMEOUT_S = 2, 300
 
 
 def has_sglang() -> bool:
@@ -44,7 +44,9 @@ def has_sglang() -> bool:
 def sync_by_ipc(site: Site) -> None:
     """Two syncs of weights that a step lies between, each compared tensor by tensor (weight_sync.verify=full)."""
     path, sums = write_start(site)
-    with receiver(site) as url:
+    out = site.folder / "received"
+    out.mkdir()
+    with receiver("tests.gpu.ipc_receiver", str(out)) as url:
         config = site.config(path)
         config = replace(
             config,
@@ -65,30 +67,19 @@ def sync_by_ipc(site: Site) -> None:
             fleet.stop()
 
 
-@contextmanager
-def receiver(site: Site) -> Iterator[str]:
-    """The URL of a fresh one."""
-    out = site.folder / "received"
-    out.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "tests.gpu.ipc_receiver", str(out)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdin is not None and process.stdout is not None
-    try:
-        yield process.stdout.readline().strip()
-    finally:
-        process.stdin.close()  # ends it
-        process.wait()
-
-
 def demo_settings(path: os.PathLike[str], run_dir: os.PathLike[str], url: str) -> list[str]:
-    """Of `rpp train` on sums, with weights by IPC."""
+    """Of `rpp train` on sums, with weights by IPC, and memory that trainer and server use in turns.
+
+    Microbatches are small, so that activations are next to nothing beside the optimizer.
+    """
     task = {"kind": "jsonl", "path": f"{path}/problems.jsonl"}
     settings = {
         "run.dir": run_dir, "run.steps": STEPS, "model.path": path, "model.dtype": "bfloat16", "model.layer_spec": "te",
         "model.vocab_divisor": 128, "data.prompt_template": "{expression}=",
         **{f"data.train.{key}": value for key, value in task.items()},
         "rollout.num_prompts": 16, "rollout.max_response_tokens": 5, "rollout.context_length": 16, "rollout.urls": url,
-        "algorithm.num_samples_per_prompt": 4, "train.batch_size": 64, "train.micro_batch_tokens": 1024,
+        "algorithm.num_samples_per_prompt": 4, "train.batch_size": 64, "train.micro_batch_tokens": 64,
+        "rollout.release_memory": "true", "memory.offload": "optimizer,gradients,reference", "algorithm.kl_coef": 1e-3,
         "optimizer.lr": 1e-5, "weight_sync.transports": "ipc,disk", "eval.interval": 0, "checkpoint.interval": 0,
     }  # fmt: skip
     return [f"--{key}={value}" for key, value in settings.items()]
@@ -102,15 +93,24 @@ def test_the_loop_trains_with_a_server_on_its_own_gpu(site: Site, monkeypatch: p
     if not has_sglang():
         pytest.skip(f"SGLang is not installed, and {ELSEWHERE} is not set")
     path, _ = write_start(site)
-    rollout = RolloutConfig(context_length=16, server_args=SERVER_ARGS)
+    rollout = RolloutConfig(context_length=16, release_memory=True, server_args=SERVER_ARGS)
     server = SGLangServer(str(path), rollout, dtype="bfloat16", log_path=site.folder / "server.txt", device="cuda")
     ours = dict(os.environ)
     if elsewhere := os.environ.get(ELSEWHERE):
         monkeypatch.setenv("PYTHONPATH", elsewhere)
     with running(server):
         settings = demo_settings(path, site.folder / "run", server.url)
-        subprocess.run([sys.executable, "-m", "megatron_rpp.cli", "train", *settings], check=True, env=ours)
+        command = [sys.executable, "-m", "megatron_rpp.cli", "train", *settings]
+        subprocess.run(command, check=True, env=ours, timeout=TIMEOUT_S)
     lines = [json.loads(line) for line in (site.folder / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "ratio/mean" in line]
     assert len(steps) == STEPS
     assert all(abs(step["ratio/mean"] - 1) < 1e-2 and math.isfinite(step["grad_norm"]) for step in steps)
+    assert_away_while_sampling(steps[-1], parameters=(path / "model.safetensors").stat().st_size // 4)  # of float32
+
+
+def assert_away_while_sampling(step: Mapping[str, float], parameters: int) -> None:
+    """Not of the first step: before it the optimizer has no moments."""
+    held, peak = step["memory/allocated_gib/rollout"], step["memory/peak_gib/train"]
+    away = parameters * (12 + 4) / 2**30  # main weights, two moments; gradients
+    assert peak - held >= away, f"{peak:.4f} GiB in training, {held:.4f} GiB in sampling: {away:.4f} was to be away"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_rpp.model.hf_io.fp8_blocks import quantize
+from megatron_rpp.model.hf_io.fp8_blocks import dequantize, quantize
 from tests.gpu.recipes import recipes_here
 from tests.gpu.site import Site
 
@@ -45,6 +47,15 @@ def test_block_quantized_bytes_are_transformer_engines(site: Site) -> None:
     assert_same(site, engine_quantized(a_weight(site)))
 
 
+def device_is_cpu(site: Site) -> None:
+    """Also of ragged blocks, with scales of both kinds, and back to bfloat16."""
+    for weight, power_of_two in product((a_weight(site), a_weight(site)[:300, :200]), (False, True)):
+        here = quantize(weight, power_of_two=power_of_two)
+        there = quantize(weight.cpu(), power_of_two=power_of_two)
+        assert torch.equal(here[0].cpu().view(torch.uint8), there[0].view(torch.uint8))
+        assert torch.equal(here[1].cpu(), there[1])
+        assert torch.equal(dequantize(*here).cpu(), dequantize(*there))
+
+
 def test_cuda_quantizes_to_the_bytes_of_cpu(site: Site) -> None:
-    values, scales = quantize(a_weight(site).cpu(), power_of_two=True)
-    assert_same(site, (values.to(site.parallel.device), scales.to(site.parallel.device)))
+    device_is_cpu(site)

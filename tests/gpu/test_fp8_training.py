@@ -12,19 +12,20 @@ from megatron_rpp.algorithm.kl import kl_estimate
 from megatron_rpp.config.schema import Config
 from megatron_rpp.engine.score import score
 from megatron_rpp.model.build import build_frozen, build_model
-from tests.gpu.recipes import recipes_here
-from tests.gpu.site import Site, clean, with_fp8
+from tests.gpu.recipes import recipe_of_parameters, recipes_here
+from tests.gpu.site import Site, free, with_fp8
 from tests.gpu.sums import train, write_start
 
-SEEDS, STEPS, LAST = (0, 1, 2), 200, 20
+SEEDS, STEPS, LAST = (0, 1, 2), 120, 20
+LEARNT = 1.2  # nats a token: 3.1 in the first 20 steps, 0.96 in the last of 120 (float32 on CPU)
 MOST_KL = 1e-4
 _of_bfloat16: list[float] = []  # the same runs for every recipe: found once
 
 
-def final_losses(site: Site, recipe: str, **fp8: bool) -> list[float]:
+def final_losses(site: Site, recipe: str, seeds: Sequence[int], **fp8: bool) -> list[float]:
     """The mean loss of the last steps, for each seed."""
     path, sums = write_start(site)
-    steps, seeds = (3, SEEDS[:2]) if site.is_tiny else (STEPS, SEEDS)
+    steps = 3 if site.is_tiny else STEPS
     config = with_fp8(site.config(path), recipe, **fp8)
     config = replace(
         config,
@@ -36,22 +37,26 @@ def final_losses(site: Site, recipe: str, **fp8: bool) -> list[float]:
         losses = train(site, config, sums, steps=steps, seed=seed)[2]
         assert losses[-1] < losses[0], "the model has learnt nothing"
         found.append(statistics.fmean(losses[-LAST:]))
-        clean()
+        free()
     return found
 
 
 def within_noise(found: Sequence[float], plain: Sequence[float]) -> bool:
     """Of runs on the same data in the same order: the mean differs by no more than twice the spread of seeds.
 
-    The floor of 0.02 nats is for a spread that happens to be small: it is of three numbers.
+    found: of the first seeds of `plain`. The floor of 0.02 nats is for a spread that happens to be small: it is of
+    three numbers.
     """
-    return abs(statistics.fmean(found) - statistics.fmean(plain)) <= max(2 * statistics.stdev(plain), 0.02)
+    same = statistics.fmean(plain[: len(found)])
+    return abs(statistics.fmean(found) - same) <= max(2 * statistics.stdev(plain), 0.02)
 
 
 def fp8_trains_as_bfloat16(site: Site, recipe: str, **fp8: bool) -> None:
+    """Two runs that have learnt nothing would agree, so that bfloat16's must have."""
     if not _of_bfloat16:
-        _of_bfloat16.extend(final_losses(site, "none"))
-    found = final_losses(site, recipe, **fp8)
+        _of_bfloat16.extend(final_losses(site, "none", SEEDS))
+    assert site.is_tiny or max(_of_bfloat16) < LEARNT, _of_bfloat16
+    found = final_losses(site, recipe, SEEDS[:2], **fp8)
     assert within_noise(found, _of_bfloat16), f"{recipe}: {found}, bfloat16: {_of_bfloat16}"
 
 
@@ -73,7 +78,7 @@ def test_a_recipe_trains_within_noise_of_bfloat16(site: Site, recipe: str) -> No
 
 
 def test_fp8_parameters_train_within_noise_of_bfloat16(site: Site) -> None:
-    fp8_trains_as_bfloat16(site, recipes_here()[-1], params=True)
+    fp8_trains_as_bfloat16(site, recipe_of_parameters(), params=True)
 
 
 @pytest.mark.parametrize("recipe", ["none", "delayed", "tensorwise", "blockwise", "mxfp8"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from megatron_rpp.parallel.vocab_logprobs import vocab_parallel_logprobs
 from tests.gpu.site import Site
 
 
-def both_outputs(logits: Tensor, targets: Tensor, *, fused: bool, **options: float) -> tuple[Tensor, ...]:
+def both_outputs(logits: Tensor, targets: Tensor, *, fused: bool, **options: Any) -> tuple[Tensor, ...]:
     """(log-probs, entropies, gradient of a fixed mixture of both)."""
     logits = logits.clone().requires_grad_()
     vocab = logits.shape[1] - 5  # the last columns are padding

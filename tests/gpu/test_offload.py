@@ -16,7 +16,7 @@ from megatron_rpp.engine.score import score
 from megatron_rpp.engine.train_step import train_step
 from megatron_rpp.model.build import build_frozen, build_model
 from megatron_rpp.model.export_hf import hf_tensors
-from tests.gpu.site import Site, clean
+from tests.gpu.site import Site, free
 
 EVERYTHING = ("optimizer", "gradients", "reference")
 
@@ -50,7 +50,7 @@ def assert_freed(before: MemoryUse | None, host_bytes: int) -> None:
 
 def offload_changes_nothing(site: Site) -> None:
     plain = two_steps(site, ())
-    clean()
+    free()
     moved = two_steps(site, EVERYTHING)
     assert moved[1] == plain[1]
     assert all(torch.equal(tensor, moved[0][name]) for name, tensor in plain[0].items())

@@ -8,22 +8,18 @@ from 0.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Lock, Thread
-from typing import Any
+from threading import Lock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import HashStore, ProcessGroup
 
+from benchmarks.gpu.receiving import Reply, serve
 from tests.support.sglang_parts import custom_process_group, server_checksums, tensor_bucket
-
-Reply = dict[str, Any]
 
 
 class Refused(Exception):
@@ -120,38 +116,11 @@ def answer(endpoint: Callable[[Reply], Reply] | None, body: Reply) -> tuple[int,
         return 400, {"success": False, "message": f"{type(error).__name__}: {error}"}
 
 
-def serve(receiver: Receiver) -> ThreadingHTTPServer:
-    """On a free port of loopback; not yet running."""
-    endpoints = receiver.endpoints()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self._answer({})
-
-        def do_POST(self) -> None:
-            self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-        def _answer(self, body: Reply) -> None:
-            status, reply = answer(endpoints.get(self.path.partition("?")[0]), body)
-            text = json.dumps(reply).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
-
-        def log_message(self, *args: object) -> None: ...
-
-    return ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-
-
-def main() -> None:
+def main(kind: type[Receiver] = Receiver) -> None:
     # SGLang's groups for weights stand beside a default group, too.
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    server = serve(Receiver(Path(sys.argv[1])))
-    sys.stdout.write(f"http://127.0.0.1:{server.server_port}\n")
-    sys.stdout.flush()
-    Thread(target=server.serve_forever, daemon=True).start()
-    sys.stdin.read()  # until the test that started it ends, however it ends
+    endpoints = kind(Path(sys.argv[1])).endpoints()
+    serve(lambda path, body: answer(endpoints.get(path), body))
 
 
 if __name__ == "__main__":

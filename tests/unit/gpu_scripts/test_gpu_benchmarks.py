@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.gpu import timing, train_step
 from benchmarks.gpu.job import ALL
 from benchmarks.gpu.models import SHAPES, shape
+from megatron_rpp.config.schema import Config
 from megatron_rpp.device.gpus import GPU
 from megatron_rpp.model.cost import sequence_cost
-from tests.support.rank_server import run_ranks
+from tests.support.rank_server import REPOSITORY, run_ranks
 
 
 def test_all_benchmarks_run_at_toy_size(tmp_path: Path) -> None:
@@ -32,7 +37,23 @@ def test_mfu_is_of_the_makers_figure_and_speed_of_the_same_steps_in_bfloat16(mon
     monkeypatch.setattr(timing, "gpus", lambda: [GPU("NVIDIA H200", 141 << 30, (9, 0))])
     found = train_step.against({"flops": 989e12, "seconds": 2.0}, matmul=618.125e12, plain_seconds=3.0)
     assert found == {"mfu": 0.5, "of_matmul": pytest.approx(0.8), "speedup_over_bf16": 1.5}
-    assert timing.recipes() == ("delayed", "tensorwise", "blockwise")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "engine", "expected"),
+    [
+        ("13.0", "2.20.2", ("delayed", "tensorwise", "blockwise")),
+        ("12.8", "2.20.2", ("delayed", "tensorwise")),
+        ("13.0", "2.1.0", ("delayed",)),
+    ],
+)
+def test_recipes_are_those_of_gpu_cuda_and_transformer_engine(
+    monkeypatch: pytest.MonkeyPatch, cuda: str, engine: str, expected: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(timing, "gpus", lambda: [GPU("NVIDIA H200", 141 << 30, (9, 0))])
+    monkeypatch.setattr(timing, "software", lambda: {"CUDA": cuda})
+    monkeypatch.setattr(timing, "package_version", lambda name: engine)
+    assert timing.recipes() == expected
 
 
 def test_a_gpu_of_unknown_speed_has_no_mfu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,9 +76,49 @@ def test_a_microbatch_is_full_of_whole_sequences() -> None:
         assert config.memory.recompute == ("full" if tokens == 32768 else "none")
 
 
-def test_what_does_not_fit_is_a_line_and_no_end() -> None:
-    row: dict[str, Any] = {"model": "llama-1b", "tokens": 32768, "recipe": "none", "error": "CUDA out of memory"}
-    assert train_step.line(row).endswith("CUDA out of memory")
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("no kernel\nhere"), AssertionError("a\nb")]
+)
+def test_what_does_not_run_is_a_line_and_the_next_recipe_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
+) -> None:
+    def one(hf: object, parallel: object, config: Config, args: object) -> train_step.Result:
+        if config.fp8.recipe == "none":
+            raise error
+        return {"seconds": 1.0, "flops": 1.0}
+
+    monkeypatch.setattr(train_step, "one", one)
+    monkeypatch.setattr(train_step, "matmul_flops", lambda *_, **__: 1.0)
+    monkeypatch.setattr(train_step, "recipes", lambda: ("delayed",))
+    parallel: Any = None
+    first, second = train_step.run(parallel, tmp_path, argparse.Namespace(tiny=True, length=64, repeats=1))
+    assert train_step.line(first).endswith(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    assert second["recipe"] == "delayed" and second["speedup_over_bf16"] is None and train_step.line(second)
+
+
+def test_a_benchmark_that_fails_keeps_what_it_had_found(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.gpu import job
+
+    def run(*_: object) -> Iterator[train_step.Result]:
+        yield {"seconds": 1.0}
+        raise RuntimeError("the receiver has ended")
+
+    module, results = SimpleNamespace(run=run, line=str), list[train_step.Result]()
+    parallel: Any = None
+    assert not job.measured(module, parallel, Path(), argparse.Namespace(), results)
+    assert results == [{"seconds": 1.0}] and "the receiver has ended" in capsys.readouterr().err
+
+
+def test_the_json_comes_also_when_time_runs_out(tmp_path: Path) -> None:
+    """SIGTERM, as `timeout` sends it, in the middle of the first benchmark."""
+    program = (
+        "import os, signal; from benchmarks.gpu import job, logprobs\n"
+        "logprobs.run = lambda *_: (os.kill(os.getpid(), signal.SIGTERM) for _ in range(1))\n"
+        "import sys; sys.argv = ['job', '--tiny']; job.main('logprobs')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "ended by SIGTERM" in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["logprobs"] == []
 
 
 def test_a_gpu_that_is_not_there_is_said_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
