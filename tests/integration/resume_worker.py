@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron_rpp import session, train
+from megatron_rpp import session, session_parts, train
 from megatron_rpp.config.load import load_config
 from megatron_rpp.config.schema import Config
 from megatron_rpp.experience.types import Rollout
@@ -136,7 +136,7 @@ def finish(config: Config) -> None:
 def main() -> None:
     command, file, *rest = sys.argv[1:]
     torch.set_num_threads(1)
-    session.build_reward = lambda *_: DigitReward()  # type: ignore[assignment]
+    session_parts.build_reward = lambda *_: DigitReward()  # type: ignore[assignment]
     if command == "killed_in_rollout":
         return killed_in_rollout(load_config([file], []), int(rest[0]))
     if command == "interrupted":
