@@ -214,12 +214,14 @@ def disk_full_only(session: Session, config: Config) -> dict[str, Any]:
 
 
 def thirty_steps(session: Session, config: Config) -> dict[str, Any]:
-    """Train while servers die at seeded random moments."""
+    """Train while servers die at seeded random moments: longer where few have died, since starts take their time."""
     first = session.rollout_engine.policy_version
     killer = Killer(session, seed=7)
     killer.start()
-    for step in range(first, first + 30):
+    for step in range(first, first + 90):
         train_on_one_batch(session, step)
+        if step - first >= 29 and len(killer.killed) >= 3:
+            break
     killer.is_done.set()
     killer.join()
     return {"first": first, "killed": killer.killed, "version": session.rollout_engine.policy_version}

@@ -172,8 +172,8 @@ def test_samples_of_another_version_are_asked_again_from_synced_servers(found: l
 def test_thirty_steps_lose_no_prompt_while_servers_die_at_random(found: list[dict[str, Any]], run_dir: Path) -> None:
     result = of(found, "thirty_steps")
     assert len(result["killed"]) >= 3, "hardly anything was disturbed"
-    steps = range(result["first"], result["first"] + 30)
-    assert result["version"] == steps.stop
+    steps = range(result["first"], result["version"])
+    assert len(steps) >= 30
     assert [step["step"] for step in read_metrics(run_dir)] == list(steps)
     for step in steps:
         rollouts = read_rollouts(run_dir, step)
