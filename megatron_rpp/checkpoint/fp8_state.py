@@ -16,7 +16,7 @@ import torch
 from megatron.core import fp8_utils
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from megatron_rpp.engine.optimizer import Optimizer
+from megatron_rpp.engine.optimizer import Optimizer, chained_parts
 from megatron_rpp.model.build import Model
 from megatron_rpp.model.fp8 import shares_scales
 from megatron_rpp.model.fp8_params import is_fp8
@@ -81,7 +81,7 @@ def cast_again(policy: Model, optimizer: Optimizer) -> None:
     if not quantized:
         return
     with torch.no_grad():
-        for part in getattr(optimizer.megatron, "chained_optimizers", [optimizer.megatron]):
+        for part in chained_parts(optimizer.megatron):
             part._copy_main_params_to_model_params()
         for chunk in policy.chunks:
             chunk.start_param_sync(force_sync=True)  # type: ignore[operator] # of Megatron's DDP

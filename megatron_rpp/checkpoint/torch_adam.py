@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_rpp.engine.optimizer import chained_parts
+
 _NO_PARAMETER = "no parameter"  # a key in the state of an AdamW; torch keeps such entries and passes them over
 
 
@@ -44,7 +46,7 @@ def give_steps(optimizer: MegatronOptimizer) -> None:
 def load_state(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> None:
     """`optimizer.load_state_dict(loaded)`, step counts included."""
     adams = list(_torch_adams(optimizer))
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])  # a second one where the model has experts
+    parts = chained_parts(optimizer)
     states = [loaded] if len(parts) == 1 else [loaded[i] for i in range(len(parts))]
     moments = [state.pop("param_state", None) if adams else None for state in states]
     optimizer.load_state_dict(loaded)
@@ -57,6 +59,6 @@ def load_state(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> None:
 
 
 def _torch_adams(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in chained_parts(optimizer):
         if isinstance(part.optimizer, torch.optim.Adam):  # AdamW is an Adam
             yield part.optimizer

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.fields import canonical, fields
+from megatron_rpp.config.toml_text import written
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
 _TRAINING = ("data.train", "data.sources.NAME")
@@ -207,6 +208,12 @@ def check_ranges(values: Mapping[str, Any]) -> None:
                 raise ConfigError(f"{key}={each} must be one of: {', '.join(CHOICES[known])}")
             if known in _RANGE_OF and not _RANGE_OF[known].holds(each):
                 raise ConfigError(f"{key}={each} must be {_RANGE_OF[known].words}")
+
+
+def require_distinct(key: str, values: Sequence[Any]) -> None:
+    """Raises ConfigError where a list names something twice."""
+    if len(set(values)) < len(values):
+        raise ConfigError(f"{key}={written(tuple(values))} names one twice; name each once")
 
 
 def unchecked_numbers() -> list[str]:

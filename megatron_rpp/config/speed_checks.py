@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_rpp.config.errors import ConfigError
+from megatron_rpp.config.ranges import require_distinct
 from megatron_rpp.config.schema import Config
 from megatron_rpp.config.toml_text import written
 
@@ -33,8 +34,7 @@ def _check_recompute(config: Config) -> None:
         return
     if not modules:
         raise ConfigError("memory.recompute_modules is empty; name one, such as core_attn, or set memory.recompute")
-    if len(set(modules)) < len(modules):
-        raise ConfigError(f"memory.recompute_modules={','.join(modules)} names one twice; name each once")
+    require_distinct("memory.recompute_modules", modules)
 
 
 def _check_graphs(config: Config) -> None:
@@ -59,9 +59,7 @@ def check_profile(config: Config) -> None:
     if not profile.steps:
         return
     for name in ("steps", "ranks", "record"):
-        values = getattr(profile, name)
-        if len(set(values)) < len(values):
-            raise ConfigError(f"profile.{name}={written(values)} names one twice; name each once")
+        require_distinct(f"profile.{name}", getattr(profile, name))
     if max(profile.steps) >= config.run.steps:
         raise ConfigError(f"profile.steps={max(profile.steps)} must be below run.steps={config.run.steps}")
     if not profile.ranks or max(profile.ranks) >= ranks:

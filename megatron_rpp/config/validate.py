@@ -11,7 +11,7 @@ from megatron_rpp.config.fields import flatten
 from megatron_rpp.config.fp8_checks import check_fp8
 from megatron_rpp.config.memory_checks import check_offload
 from megatron_rpp.config.needs import check_needs
-from megatron_rpp.config.ranges import check_ranges
+from megatron_rpp.config.ranges import check_ranges, require_distinct
 from megatron_rpp.config.reward_checks import check_rewards
 from megatron_rpp.config.schema import Config
 from megatron_rpp.config.sources import check_sources
@@ -142,8 +142,7 @@ def _check_weight_sync(config: Config) -> None:
     sync = config.weight_sync
     if not sync.transports:
         raise ConfigError("weight_sync.transports is empty; name at least one, such as broadcast")
-    if len(set(sync.transports)) < len(sync.transports):
-        raise ConfigError(f"weight_sync.transports={','.join(sync.transports)} names one twice")
+    require_distinct("weight_sync.transports", sync.transports)
     if "delta" in sync.transports and config.rollout.release_memory:
         raise ConfigError(
             "weight_sync.transports=delta changes the weights that servers hold, and rollout.release_memory=true "

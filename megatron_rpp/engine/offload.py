@@ -21,7 +21,7 @@ from megatron_rpp import device
 from megatron_rpp.config.performance import MemoryConfig
 from megatron_rpp.device.memory import wait_for_device
 from megatron_rpp.engine.host_copy import BLOCK_BYTES, HostCopy, storages_of
-from megatron_rpp.engine.optimizer import Optimizer
+from megatron_rpp.engine.optimizer import Optimizer, chained_parts
 from megatron_rpp.model.build import Model
 
 
@@ -144,7 +144,7 @@ def _parts(tensor: Tensor) -> list[Tensor]:
 
 def _optimizer_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
     """Main weights and moments. Where the model is float32 the main weights are its own parameters."""
-    for part in getattr(optimizer.megatron, "chained_optimizers", [optimizer.megatron]):
+    for part in chained_parts(optimizer.megatron):
         adam = part.optimizer
         if adam is None:  # of a stage without experts
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -26,6 +27,11 @@ class Optimizer:
     def lr(self) -> float:
         """Learning rate of the next step."""
         return float(self.megatron.param_groups[0]["lr"])
+
+
+def chained_parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """The optimizers that Megatron steps as one: a second one where the model has experts."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def make_trainable(model: Model, config: schema.OptimizerConfig, total_steps: int) -> tuple[Model, Optimizer]:

@@ -11,7 +11,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rpp import device
 from megatron_rpp.config.schema import Config
-from megatron_rpp.model.fp8 import check_can_compute
 from megatron_rpp.model.fp8_params import is_fp8
 from megatron_rpp.model.hf_config import HFConfig
 from megatron_rpp.model.hf_mapping import read_hf_config
@@ -39,10 +38,9 @@ class Model:
 def build_model(config: Config, parallel: ParallelContext, *, path: str) -> Model:
     """The model in `path`, a Hugging Face or a converted Megatron directory, split as config.parallel says.
 
-    Raises ValueError where the architecture, the layer spec, the GPU or a tensor of the directory does not fit.
+    Raises ValueError where the architecture, the layer spec or a tensor of the directory does not fit.
     """
     hf = read_hf_config(path)
-    check_can_compute(config, resolve_layer_spec(config.model.layer_spec))
     model = build_empty(hf, config, parallel)
     if is_megatron_directory(path):
         load_megatron_weights(model.chunks, path)

@@ -19,7 +19,7 @@ from megatron_rpp.config.performance import MemoryConfig
 from megatron_rpp.config.schema import Config
 from megatron_rpp.engine.advantages import ShapingState, add_advantages
 from megatron_rpp.engine.offload import Offload
-from megatron_rpp.engine.optimizer import Optimizer, make_trainable
+from megatron_rpp.engine.optimizer import Optimizer, chained_parts, make_trainable
 from megatron_rpp.engine.score import score
 from megatron_rpp.engine.train_step import train_step
 from megatron_rpp.model.build import Model, build_model
@@ -115,7 +115,7 @@ def save(run: Run, folder: Path) -> None:
 def device_bytes(run: Run, name: str) -> int:
     """Of the storages that are the optimizer's, the gradients' or the reference's own; told apart from `Offload`."""
     own = {p.untyped_storage().data_ptr() for chunk in run.policy.chunks for p in chunk.parameters()}
-    parts = getattr(run.optimizer.megatron, "chained_optimizers", [run.optimizer.megatron])
+    parts = chained_parts(run.optimizer.megatron)
     adams = [part.optimizer for part in parts]
     tensors: dict[str, list[Tensor]] = {
         "optimizer": [

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_rpp.config.fields import build
 from megatron_rpp.config.schema import Config
 from megatron_rpp.engine.heads import PolicyHead
-from megatron_rpp.engine.optimizer import Optimizer, make_trainable
+from megatron_rpp.engine.optimizer import Optimizer, chained_parts, make_trainable
 from megatron_rpp.engine.score import logprob_head
 from megatron_rpp.engine.train_step import global_counts, optimizer_step
 from megatron_rpp.experience.types import ExperienceBatch
@@ -111,7 +111,7 @@ def _bytes(tensors: Any) -> int:
 
 def _optimizer_bytes(policy: Model, optimizer: Optimizer) -> int:
     """Main parameters, where they are no views of the model's own, and everything in Adam's state."""
-    parts = getattr(optimizer.megatron, "chained_optimizers", [optimizer.megatron])
+    parts = chained_parts(optimizer.megatron)
     adams = [part.optimizer for part in parts]
     own = {parameter.untyped_storage().data_ptr() for parameter in _parameters(policy)}
     main = [p for adam in adams for group in adam.param_groups for p in group["params"]]
