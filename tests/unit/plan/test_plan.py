@@ -18,17 +18,8 @@ from megatron_rpp.plan import plan, suggest
 from megatron_rpp.plan.buffers import lay_out
 from megatron_rpp.plan.in_flight import chunks_in_flight
 from megatron_rpp.plan.memory import GIB, RESERVE_BYTES
+from tests.support.llama3 import LLAMA3_8B
 
-LLAMA3_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-}
 LLAMA3_405B = {
     **LLAMA3_8B,
     "hidden_size": 16384,

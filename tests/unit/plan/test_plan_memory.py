@@ -12,17 +12,8 @@ from megatron_rpp.config.fields import build
 from megatron_rpp.engine.host_copy import BLOCK_BYTES
 from megatron_rpp.plan import Plan, StageMemory, plan, suggest, table
 from megatron_rpp.plan.memory import GIB, RESERVE_BYTES
+from tests.support.llama3 import LLAMA3_8B
 
-MODEL = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-}
 TOTAL, TOKENS, HIDDEN = 8_030_261_248, 2048, 4096
 A_LAYERS_MATRICES = HIDDEN * (6144 + 4096 + 3 * 14336)
 ALL = ("optimizer", "gradients", "reference")
@@ -31,7 +22,7 @@ ALL = ("optimizer", "gradients", "reference")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("llama")
-    (path / "config.json").write_text(json.dumps(MODEL))
+    (path / "config.json").write_text(json.dumps(LLAMA3_8B))
     return path
 
 
