@@ -89,6 +89,7 @@ say "installing about 2 GB; this takes a few minutes after the downloads"
 install --upgrade pip 'setuptools>=77'
 install -r requirements/cpu.txt
 install --no-deps -r requirements/no-deps.txt
+install --no-deps --upgrade --target "$VENV/te-python" -r requirements/te-python.txt
 install --no-deps --no-build-isolation -e .
 check_imports
 echo "$wanted" >"$STAMP"
