@@ -49,7 +49,7 @@ class FormatReward:
             return [score > 0.5 for score in self._pool.score([(r.text, None) for r in rollouts])]
         if self._format == "boxed":
             return [bool((boxed_answer(r.text) or "").strip()) for r in rollouts]
-        return [has_thought(r.text, is_open=r.prompt.text.rstrip().endswith("<think>")) for r in rollouts]
+        return [has_thought(r.text, is_open=r.prompt.opens_thought) for r in rollouts]
 
 
 def has_thought(text: str, *, is_open: bool = False) -> bool:

@@ -1,9 +1,11 @@
-"""A reward function of the user's: `package.module:name` or `file.py:name`, called in the trainer's process."""
+"""A reward function of the user's: `package.module:name` or `file.py:name`, called in worker processes."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
@@ -15,41 +17,88 @@ from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.reward import RewardConfig
 from megatron_rpp.observability.metrics import Metrics
 from megatron_rpp.reward.protocol import RewardError
+from megatron_rpp.reward.workers.scorers import FUNCTION
+from megatron_rpp.reward.workers.scoring_worker import Failure
+from megatron_rpp.reward.workers.worker_pool import Limits, WorkerPool
 
 if TYPE_CHECKING:
     from megatron_rpp.experience.types import Rollout
 
+logger = logging.getLogger(__name__)
+
+_WHY = {Failure.TIME: "was not done within reward.batch_time_limit_s", Failure.BROKEN: "broke its process"}
+
 
 class FunctionReward:
-    """What the function at reward.function returns: one finite number for each rollout."""
+    """What the function at reward.function returns: one finite number for each rollout.
+
+    It is given all of a call together, in one worker. Where that hits a limit or ends the worker, it is given
+    each rollout by itself, so that one response costs no other its reward; those that fail again earn reward.wrong.
+    """
 
     def __init__(self, config: RewardConfig) -> None:
         """Raises ConfigError where there is no such function."""
-        self._path = config.function
-        self._function = load_function(config.function)
+        self._path, self._limit_s = config.function, config.batch_time_limit_s
+        self._pool = WorkerPool(FUNCTION, Limits.of(config), given_up=config.wrong, most=math.inf, path=config.function)
+        try:
+            self._pool.start()
+        except RuntimeError as error:
+            _, is_ours, message = str(error).partition(": ConfigError: ")
+            raise ConfigError(message if is_ours else f"reward.function={self._path}: {error}") from error
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """Raises RewardError for a result that is no list of rewards; errors of the function pass through."""
-        values = self._function(list(rollouts))
-        try:
-            found = list(values)
-        except TypeError as error:
-            raise RewardError(f"reward.function={self._path} must return a list, not {values!r:.100}") from error
-        if len(found) != len(rollouts):
-            raise RewardError(f"reward.function={self._path} gave {len(found)} rewards for {len(rollouts)} responses")
-        return [self._number(value) for value in found]
+        """Raises RewardError where the function does, and for a result that is no list of rewards."""
+        if not rollouts:
+            return []
+        said = self._pool.score_together(list(rollouts), self._limit_s)
+        if isinstance(said, Failure):
+            logger.warning(
+                "reward.function=%s %s with %d responses; now it is given one at a time",
+                self._path, _WHY[said], len(rollouts),
+            )  # fmt: skip
+            return self._pool.score([("", rollout) for rollout in rollouts])
+        return self._rewards(said, len(rollouts))
 
     def metrics(self) -> Metrics:
-        return Metrics()
+        """reward/timeouts and reward/broken: responses that failed by themselves."""
+        return self._pool.metrics()
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self._pool.close()
 
-    def _number(self, value: object) -> float:
-        if hasattr(value, "item"):
-            value = value.item()  # of a tensor or an array
-        if not isinstance(value, Real) or not math.isfinite(value):
-            raise RewardError(f"reward.function={self._path} gave {value!r:.100}; a reward must be a finite number")
-        return float(value)
+    def _rewards(self, said: str, count: int) -> list[float]:
+        """Of the worker's line, which what ran there may have written."""
+        try:
+            found = json.loads(said)
+            rewards = found.get("rewards")
+        except (ValueError, AttributeError) as error:
+            raise RewardError(f"reward.function={self._path} wrote to its worker's socket: {said!r:.100}") from error
+        if isinstance(rewards, list) and len(rewards) == count:
+            return [float(reward) for reward in rewards]
+        message, kind = found.get("error"), found.get("kind")
+        if kind == RewardError.__name__:
+            raise RewardError(message)
+        raise RewardError(f"reward.function={self._path} raised {kind}: {message}\n{found.get('where')}")
+
+
+def rewards_of(path: str, function: Callable[[list[Rollout]], Sequence[float]], rollouts: list[Rollout]) -> list[float]:
+    """What `function`, which is at `path`, returns. Raises RewardError where that is no list of finite numbers."""
+    values = function(rollouts)
+    try:
+        found = list(values)
+    except TypeError as error:
+        raise RewardError(f"reward.function={path} must return a list, not {values!r:.100}") from error
+    if len(found) != len(rollouts):
+        raise RewardError(f"reward.function={path} gave {len(found)} rewards for {len(rollouts)} responses")
+    return [_number(path, value) for value in found]
+
+
+def _number(path: str, value: object) -> float:
+    if hasattr(value, "item"):
+        value = value.item()  # of a tensor or an array
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise RewardError(f"reward.function={path} gave {value!r:.100}; a reward must be a finite number")
+    return float(value)
 
 
 def load_function(path: str) -> Callable[[list[Rollout]], Sequence[float]]:

@@ -38,23 +38,25 @@ def accuracy(prefix: str, scores: Sequence[float], *, is_verified: bool) -> Metr
 
 
 def sampled_accuracy(
-    prefix: str, rollouts: Sequence[Rollout], scores: Sequence[float], pass_at: Sequence[int]
+    prefix: str, rollouts: Sequence[Rollout], scores: Sequence[float], pass_at: Sequence[int], *, votes: bool = True
 ) -> Metrics:
     """PREFIXpass@K and PREFIXmaj@K for each k of `pass_at`, as means over prompts.
 
     Args:
-        prefix: "eval/" or "eval/NAME/".
+        prefix: "eval/NAME/".
         rollouts: the samples to each prompt of the set, at least the largest k of them.
         scores: the verdict on each, 1 for right.
         pass_at: the k.
+        votes: responses have answers that can be compared; else there is no maj@K.
     """
     metrics, groups = Metrics(), dict[int, list[int]]()
     for row, rollout in enumerate(rollouts):
         groups.setdefault(rollout.group_id, []).append(row)
-    votes, right = [vote(r) if pass_at else None for r in rollouts], [score >= _RIGHT for score in scores]
+    answers, right = [vote(r) if pass_at and votes else None for r in rollouts], [score >= _RIGHT for score in scores]
     for rows in groups.values():
-        own_votes, own_right = [votes[row] for row in rows], [right[row] for row in rows]
+        own_answers, own_right = [answers[row] for row in rows], [right[row] for row in rows]
         for k in pass_at:
             metrics.add_mean(f"{prefix}pass@{k}", pass_at_k(len(rows), sum(own_right), k), 1)
-            metrics.add_mean(f"{prefix}maj@{k}", maj_at_k(own_votes, own_right, k), 1)
+            if votes:
+                metrics.add_mean(f"{prefix}maj@{k}", maj_at_k(own_answers, own_right, k), 1)
     return metrics

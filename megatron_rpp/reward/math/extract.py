@@ -18,7 +18,7 @@ _ANSWER_IS = re.compile(r"\banswer(?: is\b|:)[\s:]*", re.IGNORECASE)
 _WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|cot|log|ln|exp|sqrt|pi|mod|or)\b)[A-Za-z]{2,}")
 _ONLY_ARITHMETIC = re.compile(r"[-+*/.,\s\d]*")
 _UNEVALUATED = re.compile(r"\d\s*(?:[-+*\u00d7\u00b7\u00f7]|\\times|\\cdot|\\div)\s*[-{(]*\d")
-_SCIENTIFIC = re.compile(r"(?:[*\u00d7\u00b7]|\\times|\\cdot)\s*10\s*\^")
+_SCIENTIFIC = re.compile(r"(?:[*\u00d7\u00b7]|\\times|\\cdot)\s*\{?10\}?\s*\^")
 
 
 def final_answer(text: str) -> str:

@@ -72,6 +72,8 @@ def quick_verdict(answer: str, gold: str) -> bool | None:
         if result is None:
             return None
         answer = clean(result[1])
+        if answer.isalpha():
+            return None  # 5 = x
     given = plain_number(answer)
     if given is None:
         return False if has_no_value(answer) and not _GROUPS.search(answer) else None

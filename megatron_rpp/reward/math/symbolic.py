@@ -10,21 +10,25 @@ import sympy
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 
-from megatron_rpp.reward.math.answer_parts import bracketed, named, split_list
+from megatron_rpp.reward.math.answer_parts import bracketed, split_list
+from megatron_rpp.reward.math.names import UNKNOWN, named
 
 CLOSE = sympy.Float("1e-5")
 _CONFIG = LatexExtractionConfig(
     # Units are taken off before, with care: math-verify's own list takes the t off 2t.
     normalization_config=NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="all")
 )
-_OPERATOR = re.compile(r"(<|>|\\le\b|\\ge\b|\\ne\b)")
+_OPERATOR = re.compile(r"(<|>|\\(?:le|ge|ne)(?![A-Za-z]))")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _LETTER = re.compile(r"[A-Za-z]")
-_UNKNOWN = re.compile(r"[A-Za-z]")
+_UNKNOWN = re.compile(UNKNOWN)
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\\circ")
 _IMAGINARY = re.compile(r"(\d)i\b")
-_INTERSECTION = re.compile(r"\s*(?:\\cap\b|\band\b)\s*")
-_UNION = re.compile(r"\s*(?:\\cup\b|\bor\b)\s*")
+_INTERSECTION = re.compile(r"\s*(?:\\cap(?![A-Za-z])|\band\b)\s*")
+_UNION = re.compile(r"\s*(?:\\cup(?![A-Za-z])|\bor\b)\s*")
+_WITHOUT = re.compile(r"\s*(?:\\setminus(?![A-Za-z])|(?<=[\])}])\s*-(?=\s*\\\{))\s*")
+_EXCEPTION = re.compile(rf",\s*(?={UNKNOWN}\s*\\ne(?![A-Za-z]))")
+ROUNDED = 0.005
 
 
 def is_same_value(given: str, wanted: str) -> bool:
@@ -35,6 +39,14 @@ def is_same_value(given: str, wanted: str) -> bool:
     b = _parsed(wanted) if a is not None else None
     # Numbers are told apart by their digits first: math-verify would simplify their difference.
     return a is not None and b is not None and _is_close(a, b) and bool(verify(b, a, timeout_seconds=None))
+
+
+def is_rounding(exact: str, rounded: str) -> bool:
+    """Whether one number is another one to about three digits."""
+    a, b = _parsed(exact), _parsed(rounded)
+    if not (_is_real(a) and _is_real(b)):
+        return False
+    return bool(abs(sympy.N(a - b)) <= ROUNDED * abs(sympy.N(a)))
 
 
 def is_same_set(given: str, wanted: str) -> bool | None:
@@ -51,22 +63,36 @@ def is_same_set(given: str, wanted: str) -> bool | None:
 def real_set(text: str) -> tuple[str, sympy.Set] | None:
     r"""(unknown or "", set) of `(1,2]`, `(0,1)\cup(2,3)`, `1 < x \le 2`, `x < 1 or x > 2`; None for others."""
     unknown, text = named(text)
-    if bracketed(text) is None and not _OPERATOR.search(text) and "\\cup" not in text and "mathbb{R}" not in text:
+    outer = bracketed(text)
+    if outer is not None and outer.opening == "{":
+        return None
+    if outer is None and not _OPERATOR.search(text) and "\\cup" not in text and "mathbb{R}" not in text:
         return None
     names, parts = {unknown}, []
-    for union in _UNION.split(text):
-        found = [_piece(piece.strip()) for piece in _INTERSECTION.split(union)]
+    for union in _UNION.split(_EXCEPTION.sub(" and ", text)):
+        found = [_difference(piece) for piece in _INTERSECTION.split(union)]
         parts.append(sympy.Intersection(*(piece[1] for piece in found if piece is not None)))
         names |= {piece[0] if piece is not None else "none" for piece in found}
     names.discard("")
     return None if "none" in names or len(names) > 1 else ("".join(names), sympy.Union(*parts))
 
 
+def _difference(text: str) -> tuple[str, sympy.Set] | None:
+    r"""`A`, or `A \setminus B`."""
+    whole, *less = (_piece(piece.strip()) for piece in _WITHOUT.split(text))
+    if whole is None or any(piece is None for piece in less):
+        return None
+    return whole[0], sympy.Complement(whole[1], sympy.Union(*(piece[1] for piece in less if piece is not None)))
+
+
 def _piece(text: str) -> tuple[str, sympy.Set] | None:
     if text == r"\mathbb{R}":
         return "", sympy.S.Reals
     outer = bracketed(text)
-    if outer is not None and len(outer.items) == 2 and outer.opening != "{":
+    if outer is not None and outer.opening == "{":
+        numbers = [_parsed(item) for item in outer.items]
+        return ("", sympy.FiniteSet(*numbers)) if all(map(_is_real, numbers)) else None
+    if outer is not None and len(outer.items) == 2:
         low, high = map(_parsed, outer.items)
         return _interval(low, high, outer.opening == "(", outer.closing == ")")
     return _solved(_OPERATOR.split(text)) if len(split_list(text)) == 1 else None
@@ -101,7 +127,7 @@ def _solved_by_sympy(relation: Any) -> tuple[str, sympy.Set] | None:
 
 def _half_line(bound: Any, operator: str, is_left: bool) -> sympy.Set | None:
     """Where `bound OPERATOR x` holds, or with is_left false `x OPERATOR bound`."""
-    if not isinstance(bound, sympy.Expr) or bound.free_symbols or not bound.is_extended_real:
+    if not _is_real(bound):
         return None
     if operator == r"\ne":
         return sympy.Complement(sympy.S.Reals, sympy.FiniteSet(bound))
@@ -112,10 +138,13 @@ def _half_line(bound: Any, operator: str, is_left: bool) -> sympy.Set | None:
 
 
 def _interval(low: Any, high: Any, is_left_open: bool, is_right_open: bool) -> tuple[str, sympy.Set] | None:
-    ends = (low, high)
-    if not all(isinstance(end, sympy.Expr) and not end.free_symbols and end.is_extended_real for end in ends):
+    if not (_is_real(low) and _is_real(high)):
         return None
     return "", sympy.Interval(low, high, is_left_open, is_right_open)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, sympy.Expr) and not value.free_symbols and bool(value.is_extended_real)
 
 
 @cache

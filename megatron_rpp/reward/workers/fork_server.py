@@ -39,6 +39,13 @@ class ForkServer:
         """Whether the parent was started and has not ended."""
         return self._process is not None and self._process.poll() is None
 
+    def start(self) -> None:
+        """Starts the parent, unless it runs. Raises RuntimeError as `fork`."""
+        for _ in range(MAX_STARTS):
+            if self.is_running or self._start():
+                return
+        raise RuntimeError(f"the parent of {self._scorer} workers ended {MAX_STARTS} times: something kills it")
+
     def fork(self, memory_bytes: int) -> ForkedProcess:
         """A new worker, which may take `memory_bytes` beyond what the parent has.
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import pickle
 import re
+import signal
 import time
 from typing import Any
 
-from megatron_rpp.reward.workers.fork_server import ForkedProcess
+from megatron_rpp.reward.workers.fork_server import ForkedProcess, ForkServer
 
 MAX_ANSWERS = 500  # then a fresh one takes over: sympy's caches grow with every answer
 CLOCK_FACTOR = 4.0
 """Limits are of processor time, so that verdicts do not change on a busy machine; by the clock they are that longer."""
-_REPLY = re.compile(rb"(\d{1,9}) (memory|[01]\.\d{1,20}(?:e-\d{1,3})?|\d\.?\d{0,20}e-\d{1,3})\n")
+_REPLY = re.compile(rb"(\d{1,9}) (memory|-?\d{1,20}(?:\.\d{1,20})?(?:e[-+]\d{1,3})?)\n")
 
 
 class Failure(enum.Enum):
@@ -66,4 +68,30 @@ class ScoringWorker:
         if match is None or int(match[1]) != self.number or match[2] == b"memory":
             return Failure.BROKEN
         self._answers += 1
-        return min(float(match[2]), 1.0)
+        return float(match[2])
+
+
+def ask_in_words(server: ForkServer, data: Any, limit_s: float, memory_bytes: int) -> str | Failure:
+    """The line that the scorer returns to ("", data), in a worker of its own and within `limit_s` by the clock."""
+    process, said = server.fork(memory_bytes), b""
+    deadline, failure = time.monotonic() + limit_s, Failure.BROKEN
+    try:
+        process.channel.settimeout(limit_s)
+        process.channel.sendall(pickle.dumps((0, "", data, limit_s)))
+        while not said.endswith(b"\n"):
+            process.channel.settimeout(max(deadline - time.monotonic(), 1e-3))
+            received = process.channel.recv(1 << 16)
+            if not received:
+                break
+            said += received
+    except TimeoutError:
+        failure = Failure.TIME
+    except OSError:  # it ended
+        said = b""
+    finally:
+        ended_by = server.kill(process)
+    if not said.startswith(b"0 ") or not said.endswith(b"\n") or said == b"0 memory\n":
+        return Failure.TIME if ended_by == signal.SIGPROF else failure
+    with contextlib.suppress(UnicodeDecodeError):
+        return said[2:-1].decode()
+    return Failure.BROKEN

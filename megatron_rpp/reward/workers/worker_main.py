@@ -10,7 +10,8 @@ the parent has imported the verifier, and never looks at an answer.
                to each command: the PID with the worker's socket attached, or the signal that has ended the worker,
                0 where it was none.
     trainer -> worker: pickled (number of the item, answer, its data, seconds of processor time it may take). Back:
-               one line "NUMBER SCORE" or "NUMBER memory"; text, never pickle, as what runs there is not trusted.
+               one line "NUMBER SCORE", "NUMBER memory", or "NUMBER" and what the scorer says in words; never pickle,
+               as what runs there is not trusted.
 
 All of it ends when the trainer does: the parent's stdin closes, and workers do not outlive the parent.
 """
@@ -21,6 +22,7 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import math
 import os
 import pickle
 import resource
@@ -31,7 +33,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-Scorer = Callable[[str, Any], float]
+Scorer = Callable[[str, Any], float | str]
 PR_SET_PDEATHSIG = 1
 
 
@@ -134,12 +136,15 @@ def _serve(channel: socket.socket, scorer: Scorer) -> None:
 
 def _score(scorer: Scorer, answer: str, data: Any) -> str:
     try:
-        value = float(scorer(answer, data))
+        value = scorer(answer, data)
+        score = 0.0 if isinstance(value, str) else float(value)
     except MemoryError:
         return "memory"
     except Exception:  # any failure on untrusted text means: not a right answer
         return "0.0"
-    return str(min(max(value, 0.0), 1.0)) if value == value else "0.0"
+    if isinstance(value, str):
+        return value
+    return repr(score) if math.isfinite(score) else "0.0"
 
 
 if __name__ == "__main__":

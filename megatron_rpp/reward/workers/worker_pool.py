@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import selectors
 import signal
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 from megatron_rpp.config.reward import RewardConfig
 from megatron_rpp.observability.metrics import Metrics
 from megatron_rpp.reward.workers.fork_server import ForkServer
-from megatron_rpp.reward.workers.scoring_worker import Failure, ScoringWorker
+from megatron_rpp.reward.workers.scoring_worker import Failure, ScoringWorker, ask_in_words
 
 PATIENCE_S = 0.5  # or a tenth of the limit: whoever takes longer waits until all others have had their turn
 
@@ -41,8 +42,11 @@ class Limits:
 class WorkerPool:
     """Scores answers in processes that live as long as a call; their parent starts at first use and stays."""
 
-    def __init__(self, scorer: str, limits: Limits, **arguments: Any) -> None:
-        self._limits = limits
+    def __init__(
+        self, scorer: str, limits: Limits, *, given_up: float = 0.0, most: float = 1.0, **arguments: Any
+    ) -> None:
+        """scorer: path of its maker, which gets `arguments`. given_up: score at a limit. most: above, else cut off."""
+        self._limits, self._given_up, self._most = limits, given_up, most
         self._server = ForkServer(scorer, arguments)
         self._lock = threading.Lock()
         self._metrics = _no_failures()
@@ -53,7 +57,7 @@ class WorkerPool:
         return self._server.is_running
 
     def score(self, items: Sequence[tuple[str, Any]]) -> list[float]:
-        """One score from 0 to 1 for each item; 0 for one that hit a limit or broke its worker twice.
+        """One score for each item, from 0 to `most`; `given_up` where it hit a limit or broke its worker twice.
 
         Raises:
             RuntimeError: a worker does not start, for want of a package for instance.
@@ -68,7 +72,17 @@ class WorkerPool:
                 call.close()
             self._metrics.add_sum("reward/timeouts", call.failures[Failure.TIME])
             self._metrics.add_sum("reward/broken", call.failures[Failure.BROKEN])
-            return call.scores
+            return [self._given_up if s is None else self._within(s) for s in call.scores]
+
+    def start(self) -> None:
+        """Starts the parent now, so that what keeps it from starting is said now. Raises RuntimeError."""
+        with self._lock:
+            self._server.start()
+
+    def score_together(self, data: Any, limit_s: float) -> str | Failure:
+        """What the scorer says in words to ("", data), in a worker by itself; a Failure is not counted."""
+        with self._lock:
+            return ask_in_words(self._server, data, limit_s, self._limits.memory_mb << 20)
 
     def metrics(self) -> Metrics:
         """reward/timeouts and reward/broken since they were last asked for."""
@@ -79,6 +93,9 @@ class WorkerPool:
     def close(self) -> None:
         """Ends the processes; a later `score` starts new ones."""
         self._server.close()
+
+    def _within(self, score: float) -> float:
+        return score if math.isinf(self._most) else min(max(score, 0.0), self._most)
 
 
 def _no_failures() -> Metrics:
@@ -98,7 +115,7 @@ class _Call:
     """
 
     def __init__(self, items: Sequence[tuple[str, Any]], limits: Limits, server: ForkServer) -> None:
-        self.scores = [0.0] * len(items)
+        self.scores: list[float | None] = [None] * len(items)  # None: given up
         self.failures = {Failure.TIME: 0, Failure.BROKEN: 0}
         self._items, self._limits, self._server = items, limits, server
         self._first, self._second = deque(range(len(items))), deque[int]()

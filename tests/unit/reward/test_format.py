@@ -9,8 +9,9 @@ from megatron_rpp.experience.types import Prompt, Rollout, VersionSpan
 from megatron_rpp.reward.format import FormatReward
 
 
-def rollout(text: str, prompt: str = "") -> Rollout:
-    return Rollout(Prompt(0, prompt, (1,), "7"), 0, (1,), (0.0,), text, "stop", (VersionSpan(0, 0, 1),))
+def rollout(text: str, *, opens_thought: bool = False) -> Rollout:
+    prompt = Prompt(0, "2+5", (1,), "7", opens_thought=opens_thought)
+    return Rollout(prompt, 0, (1,), (0.0,), text, "stop", (VersionSpan(0, 0, 1),))
 
 
 def rewards(config: RewardConfig, *rollouts: Rollout) -> list[float]:
@@ -62,8 +63,8 @@ def test_a_pattern_is_found_anywhere_but_where_it_is_anchored(pattern: str, text
 
 def test_a_prompt_may_open_the_thought() -> None:
     config = RewardConfig(format="think", format_reward=1.0)
-    opened = "user: 2+5\n<think>\n"
-    assert rewards(config, rollout("2+5</think>7", opened), rollout("2+5</think>7")) == [1.0, 0.0]
+    responses = rollout("2+5</think>7", opens_thought=True), rollout("2+5</think>7")
+    assert rewards(config, *responses) == [1.0, 0.0]
 
 
 def test_a_negative_amount_is_for_those_that_have_it_not_and_the_share_is_a_metric() -> None:

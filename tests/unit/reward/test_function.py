@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,75 +16,119 @@ from megatron_rpp.reward.function import FunctionReward
 from megatron_rpp.reward.protocol import RewardError
 
 FUNCTIONS = """
-import torch
+import ctypes, itertools, sys, time
+import numpy
 
 constant = 3
 
-def length(rollouts):
-    return [len(r.text) for r in rollouts]
+def array(rollouts):
+    return numpy.ones(len(rollouts))
 
-def tensor(rollouts):
-    return torch.ones(len(rollouts))
+def deed(rollouts):
+    if rollouts[0].text in DEEDS:
+        return DEEDS[rollouts[0].text](rollouts)
+    for r in rollouts:
+        if r.text in DEEDS:
+            DEEDS[r.text]([r])
+    return [7.0 + len(r.text) for r in rollouts]
 
-def short(rollouts):
-    return [1.0]
-
-def infinite(rollouts):
-    return [float("inf") for _ in rollouts]
-
-def words(rollouts):
-    return ["good" for _ in rollouts]
-
-def nothing(rollouts):
-    pass
+def loop(rollouts):
+    while True:
+        pass
 
 def broken(rollouts):
     raise KeyError("user's own")
+
+DEEDS = {
+    "loop": loop,
+    "sleep": lambda _: time.sleep(1000),
+    "segfault": lambda _: ctypes.string_at(0),
+    "eat memory": lambda _: [bytearray(1 << 20) for _ in itertools.count()],
+    "exit": lambda _: sys.exit(0),
+    "raise": broken,
+    "short": lambda _: [1.0],
+    "infinite": lambda rollouts: [float("inf") for _ in rollouts],
+    "words": lambda rollouts: ["good" for _ in rollouts],
+    "nothing": lambda _: None,
+    "print": lambda rollouts: [print("0 {}") or 1.0 for _ in rollouts],
+    "large": lambda rollouts: [-1.25e300 for _ in rollouts],
+}
 """
-ROLLOUTS = [
-    Rollout(Prompt(0, "", (1,), "7"), 0, (1,), (0.0,), text, "stop", (VersionSpan(0, 0, 1),)) for text in ("a", "bcd")
-]
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    path = tmp_path / "my rewards.py"
+def rollouts(*texts: str) -> list[Rollout]:
+    prompt = Prompt(0, "", (1,), "7", {"level": 1})
+    return [Rollout(prompt, 0, (1,), (0.0,), text, "stop", (VersionSpan(0, 0, 1),)) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("functions") / "my rewards.py"
     path.write_text(FUNCTIONS)
     return path
 
 
 def reward(path: str) -> FunctionReward:
-    return FunctionReward(RewardConfig(kind="function", function=path))
+    limits = RewardConfig(wrong=-3.0, time_limit_s=0.5, batch_time_limit_s=3.0, memory_limit_mb=256, workers=2)
+    return FunctionReward(dataclasses.replace(limits, kind="function", function=path))
 
 
-def test_a_function_of_a_file_or_of_a_module_is_called(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert reward(f"{file}:length")(ROLLOUTS) == [1.0, 3.0]
-    assert reward(f"{file}:tensor")(ROLLOUTS) == [1.0, 1.0]
+@pytest.fixture(scope="module")
+def deed(file: Path) -> Iterator[FunctionReward]:
+    found = reward(f"{file}:deed")
+    yield found
+    found.close()
+
+
+def test_a_function_of_a_module_on_pythonpath_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "their_package").mkdir()
     (tmp_path / "their_package" / "rewards.py").write_text(FUNCTIONS)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert reward("their_package.rewards:length")(ROLLOUTS) == [1.0, 3.0]
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = reward("their_package.rewards:array")
+    assert found(rollouts("a", "bcd")) == [1.0, 1.0] and found([]) == []
+    found.close()
+
+
+@pytest.mark.parametrize("text", ["loop", "sleep", "segfault", "eat memory", "exit"])
+def test_a_response_that_hangs_or_breaks_the_function_costs_its_limits_and_no_other_reward(
+    deed: FunctionReward, text: str
+) -> None:
+    deed.metrics()
+    start = time.monotonic()
+    assert deed(rollouts("a", text, "bc")) == [8.0, -3.0, 9.0]
+    assert time.monotonic() - start < 20.0  # 3 s together, then twice 0.5 s of processor time, or 2 s by the clock
+    late = float(text in ("loop", "sleep"))
+    assert deed.metrics().sums == {"reward/timeouts": late, "reward/broken": 1.0 - late}
+    assert deed(rollouts("a")) == [8.0], "the next call pays for this one"
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("short", "short gave 1 rewards for 2 responses"),
-        ("infinite", "infinite gave inf; a reward must be a finite number"),
-        ("words", "words gave 'good'; a reward must be a finite number"),
-        ("nothing", "nothing must return a list, not None"),
+        ("short", "deed gave 1 rewards for 2 responses"),
+        ("infinite", "deed gave inf; a reward must be a finite number"),
+        ("words", "deed gave 'good'; a reward must be a finite number"),
+        ("nothing", "deed must return a list, not None"),
+        ("raise", "deed raised KeyError: .user's own.\n.*line .* in broken"),
     ],
 )
-def test_a_result_that_is_no_list_of_rewards_names_the_function(file: Path, name: str, message: str) -> None:
-    with pytest.raises(RewardError, match=message):
-        reward(f"{file}:{name}")(ROLLOUTS)
+def test_a_result_that_is_no_list_of_rewards_and_an_error_name_the_function(
+    deed: FunctionReward, name: str, message: str
+) -> None:
+    with pytest.raises(RewardError, match=f"(?s){message}"):
+        deed(rollouts(name, "b"))
 
 
-def test_an_error_of_the_function_passes_through(file: Path) -> None:
-    with pytest.raises(KeyError, match="user's own"):
-        reward(f"{file}:broken")(ROLLOUTS)
+def test_an_error_of_one_response_by_itself_is_not_the_reward_0(deed: FunctionReward) -> None:
+    deed.metrics()
+    assert deed(rollouts("segfault", "raise", "abc")) == [-3.0, -3.0, 10.0]
+    assert deed.metrics().sums["reward/broken"] == 2.0
+
+
+def test_what_the_function_prints_and_how_large_its_numbers_are_changes_no_reward(deed: FunctionReward) -> None:
+    assert deed(rollouts("print", "b")) == [1.0, 1.0]
+    assert deed(rollouts("large", "b")) == [-1.25e300] * 2
+    assert deed._pool.score([("", r) for r in rollouts("large", "print", "a")]) == [-1.25e300, 1.0, 8.0]
 
 
 @pytest.mark.parametrize(
