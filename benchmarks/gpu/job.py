@@ -10,13 +10,14 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_rpp import device
 from megatron_rpp.config.schema import ParallelConfig
 from megatron_rpp.device.gpus import gpus, package_version, software
+from megatron_rpp.observability.files import write_whole
 from megatron_rpp.parallel import bootstrap
 from megatron_rpp.parallel.context import ParallelContext
 
@@ -30,6 +31,7 @@ def main(*names: str) -> None:
     args = arguments(modules)
     if not device.has_cuda() and not args.tiny:
         sys.exit("no CUDA GPU; --tiny runs the same on CPU, for its typos alone")
+    modules = {name: module for name, module in modules.items() if name in args.only}
     found: dict[str, Any] = about()
     print("  ".join(f"{name} {value}" for name, value in found.items()), flush=True)
     parallel, failed = bootstrap.initialize(ParallelConfig(), seed=0), False
@@ -38,22 +40,38 @@ def main(*names: str) -> None:
         with tempfile.TemporaryDirectory(prefix="benchmarks-gpu-") as scratch:
             for name, module in modules.items():
                 found[name] = []
-                failed |= not measured(module, parallel, Path(scratch), args, found[name])
+                failed |= not measured(
+                    module, parallel, Path(scratch), args, found[name], lambda: keep(args.out, found)
+                )
     finally:  # also of a run that its time limit ends
         print(json.dumps(found), flush=True)
+        keep(args.out, found)
         bootstrap.shutdown()
     if failed:
         sys.exit("a benchmark has failed; its error is above")
 
 
+def keep(out: Path | None, found: dict[str, Any]) -> None:
+    """All that is known so far, as a file of JSON that is whole at any time."""
+    if out is not None:
+        write_whole(out, json.dumps(found))
+
+
 def measured(
-    module: Any, parallel: ParallelContext, folder: Path, args: argparse.Namespace, results: list[dict[str, Any]]
+    module: Any,
+    parallel: ParallelContext,
+    folder: Path,
+    args: argparse.Namespace,
+    results: list[dict[str, Any]],
+    then: Callable[[], None] = lambda: None,
 ) -> bool:
-    """Add what `module` finds to `results`, and print each as it comes. False where it failed: others go on."""
+    """Add what `module` finds to `results`, print each as it comes, and call `then`. False where it failed: others go
+    on."""
     try:
         for result in module.run(parallel, folder, args):
             results.append(result)
             print(module.line(result), flush=True)
+            then()
     except Exception:
         traceback.print_exc()
         return False
@@ -79,6 +97,12 @@ def arguments(modules: dict[str, Any], argv: Sequence[str] | None = None) -> arg
     )
     parser.add_argument("--tiny", action="store_true", help="sizes that CPU takes: to run the code, not to measure")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", default=",".join(modules), help=f"some of {', '.join(modules)}, with commas between")
+    parser.add_argument("--out", type=Path, help="file for the JSON object, written after each result")
     for module in modules.values():
         module.add_arguments(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.only = args.only.split(",")
+    if unknown := set(args.only) - modules.keys():
+        parser.error(f"--only names {', '.join(sorted(unknown))}; there are {', '.join(modules)}")
+    return args

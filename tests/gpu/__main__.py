@@ -1,42 +1,94 @@
-"""Runs all GPU tests and prints a short table: `python -m tests.gpu [pytest's own arguments]`.
+"""Runs all GPU tests: `python -m tests.gpu [--out FILE] [--limit SECONDS] [pytest's own arguments, such as -k NAME]`.
 
-The exit code is pytest's: 0 where all have passed or were skipped for want of a GPU.
+Prints what packages are missing, then a line a test as it ends, the most telling tests first; FILE gets the same as
+JSON lines, so that a run which is cut off loses nothing. A test that ends its process, loses the GPU or takes longer
+than --limit is a line, too, and another process goes on behind it. The exit code is 0 where all have passed or were
+skipped.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
+import signal
+import subprocess
 import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
+from tests.gpu import preflight, table
+
+HERE = Path(__file__).parent
+POLL_S = 0.2
+TOO_LONG = 124
+"""Exit code, as it were, of a process that was killed for a test of its own."""
 
 
-class Table:
-    """A pytest plugin: one line a test."""
+def main(arguments: Sequence[str] | None = None, folder: Path = HERE) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, help="file for the results, written as they come")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds that one test may take")
+    options, rest = parser.parse_known_args(arguments)
+    sys.stdout.write(preflight.line() + "\n")
+    sys.stdout.flush()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
+    with tempfile.TemporaryDirectory(prefix="tests-gpu-") as scratch:
+        journal = options.out or Path(scratch) / "journal"
+        journal.unlink(missing_ok=True)
+        while not _finished(journal, code := _session(journal, folder, options.limit, rest)):
+            if (name := _running(journal)) is None and code != table.BROKEN:
+                sys.stdout.write(f"pytest itself has ended with {code}\n")
+                return _conclusion(journal) or 1
+            if name is not None:
+                how = f"signal {-code}" if code < 0 else f"exit code {code}"
+                table.say(journal, name, "crashed", reason=f"over {options.limit:g} s" if code == TOO_LONG else how)
+        return _conclusion(journal)
 
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-        self._outcomes: dict[str, str] = {}
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        name = report.nodeid.partition("tests/gpu/")[2] or report.nodeid
-        self._seconds[name] = self._seconds.get(name, 0.0) + report.duration
-        if report.outcome != "passed" or name not in self._outcomes:
-            reason = f" ({report.longrepr[2]})" if report.skipped and isinstance(report.longrepr, tuple) else ""
-            self._outcomes[name] = report.outcome + reason
+def _session(journal: Path, folder: Path, limit_s: float, arguments: Sequence[str]) -> int:
+    """The exit code of one process of tests, which is killed where one of them takes too long."""
+    dump = ["-o", f"faulthandler_timeout={max(limit_s - 10, 1):g}"]  # says first where it hangs
+    command = [sys.executable, "-m", "tests.gpu.session", str(journal), str(folder), *dump, *arguments]
+    process = subprocess.Popen(command, start_new_session=True)
+    seen, since = None, time.monotonic()
+    try:
+        while process.poll() is None:
+            time.sleep(POLL_S)
+            if (now := _running(journal)) != seen:
+                seen, since = now, time.monotonic()
+            if seen is not None and time.monotonic() - since > limit_s:
+                return TOO_LONG
+        return process.returncode
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
-    def lines(self) -> list[str]:
-        """Test, outcome, seconds of set-up, test and clean-up."""
-        width = max(map(len, self._outcomes), default=0)
-        return [f"{name:{width}}  {self._seconds[name]:7.1f} s  {end}" for name, end in self._outcomes.items()]
+
+def _running(journal: Path) -> str | None:
+    """The test that has begun and not ended."""
+    last = [event for event in table.read(journal) if event["event"] in ("start", "end")][-1:]
+    return last[0]["name"] if last and last[0]["event"] == "start" else None
 
 
-def main() -> int:
-    table = Table()
-    here = str(Path(__file__).parent)
-    code = pytest.main([here, "-q", "--no-header", "-p", "no:cacheprovider", *sys.argv[1:]], plugins=[table])
-    sys.stdout.write("\n".join(["", *table.lines(), ""]))
-    return int(code)
+def _finished(journal: Path, code: int) -> bool:
+    return code >= 0 and any(event["event"] == "finished" for event in table.read(journal))
+
+
+def _conclusion(journal: Path) -> int:
+    """Prints how many ended how, and what did not end well, again; the exit code."""
+    events = table.read(journal)
+    ends = [event for event in events if event["event"] == "end"]
+    bad = [event for event in ends if event["outcome"] not in ("passed", "skipped")]
+    counts = Counter(event["outcome"] for event in ends)
+    lines = [*map(table.line, bad), ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "no test"]
+    sys.stdout.write("\n".join(["", *lines, ""]))
+    codes = [event["code"] for event in events if event["event"] == "finished"]
+    no_tests = codes == [5] and not ends  # of pytest: a -k that fits none
+    return 1 if bad or no_tests or any(code not in (0, 1, 5) for code in codes) else 0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,6 @@ def recipes_here() -> tuple[str, ...]:
     return found + (("mxfp8",) if is_mxfp8_available() else ())
 
 
-def recipe_of_parameters() -> str:
-    """The last of this GPU's recipes whose parameters may be FP8 too (config/fp8_checks.py)."""
-    return [recipe for recipe in recipes_here() if recipe in ("tensorwise", "blockwise")][-1]
+def recipe_of_parameters() -> str | None:
+    """The last of this GPU's recipes whose parameters may be FP8 too (config/fp8_checks.py); None: it has none."""
+    return next((recipe for recipe in reversed(recipes_here()) if recipe in ("tensorwise", "blockwise")), None)

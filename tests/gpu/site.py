@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,11 +93,7 @@ def with_fp8(config: Config, recipe: str, **fp8: Any) -> Config:
 
 @contextmanager
 def open_site(folder: Path, *, is_tiny: bool) -> Iterator[Site]:
-    """Joins a job of one rank; what bodies leave on the GPU is freed by `clean`.
-
-    Before any layer is made: Transformer Engine reads there whether its attention is to sum in one order.
-    """
-    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    """Joins a job of one rank; what bodies leave on the GPU is freed by `clean`."""
     parallel = bootstrap.initialize(ParallelConfig(), seed=0)
     try:
         yield Site(parallel, folder, is_tiny)

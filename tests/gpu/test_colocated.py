@@ -12,20 +12,28 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from benchmarks.gpu.receiving import receiver
 from megatron_rpp.config.rollout import RolloutConfig
+from megatron_rpp.config.schema import Config
 from megatron_rpp.engine.optimizer import make_trainable
-from megatron_rpp.model.build import build_model
+from megatron_rpp.model.build import Model, build_model
+from megatron_rpp.model.hf_io.fp8_blocks import SCALE_SUFFIX
+from megatron_rpp.model.stage_export import StageExport
 from megatron_rpp.rollout.fleet import ServerFleet
 from megatron_rpp.rollout.sglang_client import SGLangClient
 from megatron_rpp.rollout.sglang_server import SGLangServer
+from megatron_rpp.sft import Demonstration
 from megatron_rpp.weight_sync.build import build_engine
-from tests.gpu.site import Site
+from tests.gpu.recipes import recipes_here
+from tests.gpu.site import Site, with_fp8
 from tests.gpu.sums import train_on, write_start
 from tests.support.servers import running
 
@@ -34,7 +42,9 @@ SERVER_ARGS = (
     *("--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"),
     *("--mem-fraction-static", "0.3"),
 )
-STEPS, TIMEOUT_S = 2, 300
+STEPS, TIMEOUT_S = 2, 200
+REWARD = Path(__file__).with_name("digits_reward.py")
+"""Of the demo's answers, with nothing that a host may lack."""
 
 
 def has_sglang() -> bool:
@@ -44,16 +54,41 @@ def has_sglang() -> bool:
 def sync_by_ipc(site: Site) -> None:
     """Two syncs of weights that a step lies between, each compared tensor by tensor (weight_sync.verify=full)."""
     path, sums = write_start(site)
+    synced_twice(site, site.config(path), sums)
+
+
+def float8_arrives(site: Site, recipe: str, transport: str = "ipc") -> None:
+    """What a sync in float8 brings is, byte for byte, what the policy exports; nobody else compares it."""
+    path, sums = write_start(site)
+    config = with_fp8(site.config(path), recipe)
+    config = replace(config, weight_sync=replace(config.weight_sync, dtype="float8", verify="off"))
+    policy = synced_twice(site, config, sums, transport)
+    arrived = torch.load(site.folder / "received" / "1.pt")["tensors"]
+    sent = {name: tensor.cpu() for name, tensor in StageExport(policy, torch.float8_e4m3fn).tensors()}
+    assert arrived.keys() == sent.keys() and any(name.endswith(SCALE_SUFFIX) for name in sent)
+    other = [
+        name for name in sent if sent[name].dtype != arrived[name].dtype or not same_bytes(sent[name], arrived[name])
+    ]
+    assert not other, other
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    a, b = a.contiguous(), b.contiguous()
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def synced_twice(site: Site, config: Config, sums: Sequence[Demonstration], transport: str = "ipc") -> Model:
+    """The policy, whose weights a receiver has got before and after a step: in FOLDER/received, 0.pt and 1.pt."""
     out = site.folder / "received"
     out.mkdir()
     with receiver("tests.gpu.ipc_receiver", str(out)) as url:
-        config = site.config(path)
         config = replace(
             config,
             rollout=RolloutConfig(urls=(url,), context_length=16, max_response_tokens=5),
-            weight_sync=replace(config.weight_sync, transports=("ipc",)),
+            weight_sync=replace(config.weight_sync, transports=(transport,)),
         )
-        policy, optimizer = make_trainable(build_model(config, site.parallel, path=str(path)), config.optimizer, 1)
+        built = build_model(config, site.parallel, path=config.model.path)
+        policy, optimizer = make_trainable(built, config.optimizer, 1)
         fleet = ServerFleet(config)
         engine = build_engine(config, policy, fleet, SGLangClient((), config.rollout, decode=lambda ids: ""))
         try:
@@ -61,10 +96,11 @@ def sync_by_ipc(site: Site) -> None:
             engine.sync(0)
             train_on(config, policy, optimizer, sums, steps=1)
             engine.sync(1)
-            assert engine.last_sync is not None and engine.last_sync.transport == "ipc"
+            assert engine.last_sync is not None and engine.last_sync.transport == transport
         finally:
             engine.close()
             fleet.stop()
+    return policy
 
 
 def demo_settings(path: os.PathLike[str], run_dir: os.PathLike[str], url: str) -> list[str]:
@@ -79,6 +115,7 @@ def demo_settings(path: os.PathLike[str], run_dir: os.PathLike[str], url: str) -
         **{f"data.train.{key}": value for key, value in task.items()},
         "rollout.num_prompts": 16, "rollout.max_response_tokens": 5, "rollout.context_length": 16, "rollout.urls": url,
         "algorithm.num_samples_per_prompt": 4, "train.batch_size": 64, "train.micro_batch_tokens": 64,
+        "reward.kind": "function", "reward.function": f"{REWARD}:share_of_digits",
         "rollout.release_memory": "true", "memory.offload": "optimizer,gradients,reference", "algorithm.kl_coef": 1e-3,
         "optimizer.lr": 1e-5, "weight_sync.transports": "ipc,disk", "eval.interval": 0, "checkpoint.interval": 0,
     }  # fmt: skip
@@ -87,6 +124,12 @@ def demo_settings(path: os.PathLike[str], run_dir: os.PathLike[str], url: str) -
 
 def test_weights_reach_a_checking_receiver_by_ipc(site: Site) -> None:
     sync_by_ipc(site)
+
+
+def test_float8_weights_arrive_as_they_are_exported(site: Site) -> None:
+    if "blockwise" not in recipes_here():
+        pytest.skip("this GPU has no blockwise")
+    float8_arrives(site, "blockwise")
 
 
 def test_the_loop_trains_with_a_server_on_its_own_gpu(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

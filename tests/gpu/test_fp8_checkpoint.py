@@ -66,6 +66,7 @@ def a_resumed_run_goes_on(site: Site, recipe: str, **fp8: bool) -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.usefixtures("one_order")
 @pytest.mark.parametrize(("recipe", "params"), CASES)
 def test_a_resumed_fp8_run_goes_on_bit_for_bit(site: Site, recipe: str, params: bool) -> None:
     if recipe not in recipes_here():
@@ -73,5 +74,6 @@ def test_a_resumed_fp8_run_goes_on_bit_for_bit(site: Site, recipe: str, params: 
     a_resumed_run_goes_on(site, recipe, params=params)
 
 
+@pytest.mark.usefixtures("one_order")
 def test_a_resumed_bfloat16_run_goes_on_bit_for_bit(site: Site) -> None:
     a_resumed_run_goes_on(site, "none")

@@ -78,7 +78,10 @@ def test_a_recipe_trains_within_noise_of_bfloat16(site: Site, recipe: str) -> No
 
 
 def test_fp8_parameters_train_within_noise_of_bfloat16(site: Site) -> None:
-    fp8_trains_as_bfloat16(site, recipe_of_parameters(), params=True)
+    recipe = recipe_of_parameters()
+    if recipe is None:
+        pytest.skip("this GPU has no recipe for FP8 parameters")
+    fp8_trains_as_bfloat16(site, recipe, params=True)
 
 
 @pytest.mark.parametrize("recipe", ["none", "delayed", "tensorwise", "blockwise", "mxfp8"])

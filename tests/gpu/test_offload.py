@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -56,5 +57,6 @@ def offload_changes_nothing(site: Site) -> None:
     assert all(torch.equal(tensor, moved[0][name]) for name, tensor in plain[0].items())
 
 
+@pytest.mark.usefixtures("one_order")
 def test_offloaded_training_is_training(site: Site) -> None:
     offload_changes_nothing(site)

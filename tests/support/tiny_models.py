@@ -133,7 +133,11 @@ MOE_FAMILY_NAMES = ("mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_
 def save_tiny(family: str, out: Path) -> Path:
     """Write the random model MODELS[family] to OUT/family."""
     torch.manual_seed(SEEDS.get(family, 7))
-    model = MODELS[family]()
+    return save_random(MODELS[family](), out / family)
+
+
+def save_random(model: PreTrainedModel, path: Path) -> Path:
+    """Write `model`, as it was drawn, to `path`."""
     with torch.no_grad():  # norms and biases start as ones and zeros, which would hide a wrong mapping
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):  # chooses otherwise than 0 would, and leaves no expert out
@@ -141,6 +145,5 @@ def save_tiny(family: str, out: Path) -> Path:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
-    path = out / family
     model.save_pretrained(path)
     return path

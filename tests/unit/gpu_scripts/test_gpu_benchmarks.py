@@ -24,9 +24,11 @@ from tests.support.rank_server import REPOSITORY, run_ranks
 
 
 def test_all_benchmarks_run_at_toy_size(tmp_path: Path) -> None:
-    run_ranks("benchmarks.gpu.job", ["--tiny", "--repeats", "1"], 1, tmp_path)
+    out = tmp_path / "found.json"
+    run_ranks("benchmarks.gpu.job", ["--tiny", "--repeats", "1", "--out", str(out)], 1, tmp_path)
     *table, last = (tmp_path / "logs" / "rank-0.txt").read_text().splitlines()
     found = json.loads(last)
+    assert json.loads(out.read_text()) == found
     assert [len(found[name]) for name in ALL] == [3, 1, 1]
     assert {row["path"] for row in found["logprobs"]} == {"naive", "chunked", "fused"}
     assert found["train_step"][0]["flops"] > 0 and found["ipc_sync"][0]["bytes"] > 100_000
@@ -105,8 +107,22 @@ def test_a_benchmark_that_fails_keeps_what_it_had_found(capsys: pytest.CaptureFi
 
     module, results = SimpleNamespace(run=run, line=str), list[train_step.Result]()
     parallel: Any = None
-    assert not job.measured(module, parallel, Path(), argparse.Namespace(), results)
+    kept = list[int]()
+    args = argparse.Namespace()
+    assert not job.measured(module, parallel, Path(), args, results, lambda: kept.append(len(results)))
+    assert kept == [1], "nothing is kept before the end"
     assert results == [{"seconds": 1.0}] and "the receiver has ended" in capsys.readouterr().err
+
+
+def test_some_benchmarks_are_chosen_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.gpu import ipc_sync, job, logprobs
+
+    modules = {"logprobs": logprobs, "ipc_sync": ipc_sync}
+    assert job.arguments(modules, []).only == ["logprobs", "ipc_sync"]
+    assert job.arguments(modules, ["--only", "ipc_sync"]).only == ["ipc_sync"]
+    with pytest.raises(SystemExit):
+        job.arguments(modules, ["--only", "logprob"])
+    assert "--only names logprob; there are logprobs, ipc_sync" in capsys.readouterr().err
 
 
 def test_the_json_comes_also_when_time_runs_out(tmp_path: Path) -> None:

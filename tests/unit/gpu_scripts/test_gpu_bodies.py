@@ -12,11 +12,13 @@ import torch
 from transformers import LlamaForCausalLM
 
 from megatron_rpp.config.load import load_config
+from tests.gpu import recipes, test_fp8_training
 from tests.gpu.cpu_worker import BODIES
 from tests.gpu.site import llama_config
-from tests.gpu.test_colocated import assert_away_while_sampling, demo_settings
+from tests.gpu.test_colocated import assert_away_while_sampling, demo_settings, same_bytes
 from tests.gpu.test_fp8_scales import scales_of_one
 from tests.gpu.test_fp8_training import within_noise
+from tests.gpu.test_groups import CONTEXT, TENSOR
 from tests.gpu.test_offload import EVERYTHING
 from tests.support.rank_server import run_ranks
 
@@ -34,15 +36,39 @@ def test_a_body_runs_on_cpu(found: dict[str, str], body: str) -> None:
     assert found[body] == "ok", found[body]
 
 
-def test_the_worker_of_two_gpus_gives_the_log_probs_of_one(tmp_path: Path) -> None:
+def test_ranks_of_a_layout_give_the_log_probs_and_gradient_of_one(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = tmp_path / "llama"
+    model, found = tmp_path / "llama", {}
     LlamaForCausalLM(llama_config(is_tiny=True)).save_pretrained(model)
-    files = {size: tmp_path / f"{size}.pt" for size in (1, 2)}
-    for size, file in files.items():
-        run_ranks("tests.gpu.context_worker", [str(model), str(file), "tiny", str(size)], size, tmp_path / str(size))
-    one, two = (torch.load(file) for file in files.values())
-    assert 0 < (one - two).abs().mean() < 5e-3, "another order of bfloat16 sums, and not the same run twice"
+    for layout, size in (("one", 1), (CONTEXT, 2), (TENSOR, 2)):
+        file = tmp_path / f"{layout}.pt"
+        run_ranks("tests.gpu.layout_worker", [str(model), str(file), "tiny", layout], size, tmp_path / layout)
+        found[layout] = torch.load(file)
+    one = found.pop("one")
+    for layout, two in found.items():
+        difference = (one["logprobs"] - two["logprobs"]).abs().mean()
+        assert 0 < difference < 5e-3, f"{layout}: another order of bfloat16 sums, and not the same run twice"
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=0.05), layout
+
+
+def test_a_gpu_without_fp8_has_no_recipe_for_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    for here, expected in (
+        ((), None),
+        (("delayed", "tensorwise"), "tensorwise"),
+        (("tensorwise", "blockwise"), "blockwise"),
+    ):
+        monkeypatch.setattr(recipes, "recipes_here", lambda here=here: here)
+        assert recipes.recipe_of_parameters() == expected
+    monkeypatch.setattr(test_fp8_training, "recipe_of_parameters", lambda: None)
+    nowhere: Any = None
+    with pytest.raises(pytest.skip.Exception, match="no recipe for FP8 parameters"):
+        test_fp8_training.test_fp8_parameters_train_within_noise_of_bfloat16(nowhere)
+
+
+def test_a_matrix_of_other_bytes_is_found() -> None:
+    """Negative zero is equal to zero, and other bytes."""
+    x = torch.zeros(2, 2)
+    assert same_bytes(x, x.clone()) and not same_bytes(x, -x) and not same_bytes(x, x.bfloat16())
 
 
 def test_the_settings_of_the_colocated_loop_are_settings(tmp_path: Path) -> None:

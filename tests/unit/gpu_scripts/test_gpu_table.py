@@ -1,33 +1,75 @@
-"""`pytest tests/gpu` without a GPU skips everything, says why, and the table has a line a test."""
+"""`python -m tests.gpu` loses nothing to a file that cannot be imported, a crash, a lost GPU or a test that hangs."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-from tests.gpu.__main__ import Table
+import pytest
+
+from tests.gpu import __main__ as gpu_tests
+from tests.gpu import preflight, table
 
 REPOSITORY = Path(__file__).parents[3]
+FILES = {
+    "test_a_broken.py": "import no_such_package_of_a_host\n",
+    "test_b_crash.py": (
+        "import os, time\n"
+        "def test_before(): pass\n"
+        "def test_crash(): os.abort()\n"
+        "def test_before_and_more(): assert False, 'as it should'\n"
+        "def test_hang(): time.sleep(600)\n"
+    ),
+    "test_c_lost.py": (
+        "import sys, types\n"
+        "def test_loses_the_gpu():\n"
+        "    def wait_for_device(): raise RuntimeError('an illegal memory access')\n"
+        "    sys.modules['megatron_rpp.device.memory'] = types.SimpleNamespace(wait_for_device=wait_for_device)\n"
+        "    assert False\n"
+        "def test_behind(): assert 'megatron_rpp.device.memory' not in sys.modules\n"
+    ),
+}
+ENDS = {
+    "test_a_broken.py": "not collected",
+    "test_b_crash.py::test_before": "passed",
+    "test_b_crash.py::test_crash": "crashed",
+    "test_b_crash.py::test_before_and_more": "failed",
+    "test_b_crash.py::test_hang": "crashed",
+    "test_c_lost.py::test_loses_the_gpu": "failed",
+    "test_c_lost.py::test_behind": "passed",
+}
 
 
-def report(name: str, when: str, outcome: str, duration: float, longrepr: Any = None) -> Any:
-    return SimpleNamespace(
-        nodeid=f"tests/gpu/{name}", when=when, outcome=outcome, duration=duration, longrepr=longrepr,
-        skipped=outcome == "skipped",
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], list[dict[str, str]]]:
+    folder, out = tmp_path_factory.mktemp("tests"), tmp_path_factory.mktemp("out") / "results"
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
+    program = (
+        f"import sys, pathlib; from tests.gpu.__main__ import main; sys.exit(main(None, pathlib.Path('{folder}')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--out", str(out), "--limit", "3"],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
+    return done, [event for event in table.read(out) if event["event"] == "end"]
 
 
-def test_a_line_has_the_worst_outcome_and_the_time_of_all_phases() -> None:
-    table = Table()
-    for when, outcome in (("setup", "passed"), ("call", "failed"), ("teardown", "passed")):
-        table.pytest_runtest_logreport(report("test_a.py::test_b", when, outcome, 1.5))
-    table.pytest_runtest_logreport(report("test_c.py::test_d", "setup", "skipped", 0.0, ("f", 1, "Skipped: one GPU")))
-    first, second = table.lines()
-    assert first.split() == ["test_a.py::test_b", "4.5", "s", "failed"]
-    assert second.endswith("skipped (Skipped: one GPU)")
+def test_every_test_ends_once_whatever_the_others_do(ended: tuple[object, list[dict[str, str]]]) -> None:
+    names = [event["name"].rpartition("/")[2] for event in ended[1]]
+    assert sorted(names) == sorted(ENDS)
+    assert {name: event["outcome"] for name, event in zip(names, ended[1], strict=True)} == ENDS
+
+
+def test_a_line_says_why(ended: tuple[subprocess.CompletedProcess[str], list[dict[str, str]]]) -> None:
+    done, ends = ended
+    reasons = {event["name"].rpartition("::")[2].rpartition("/")[2]: event["reason"] for event in ends}
+    assert "No module named 'no_such_package_of_a_host'" in reasons["test_a_broken.py"]
+    assert reasons["test_crash"] == "signal 6" and reasons["test_hang"] == "over 3 s"
+    assert "as it should" in done.stdout and done.returncode == 1
+    assert done.stdout.rstrip().endswith("1 not collected, 2 passed, 2 crashed, 2 failed")
 
 
 def test_without_a_gpu_every_test_is_skipped_with_the_reason() -> None:
@@ -35,6 +77,30 @@ def test_without_a_gpu_every_test_is_skipped_with_the_reason() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.gpu"], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("test_") and " s  " in line]
+    lines = [line for line in done.stdout.splitlines() if " s  skipped  test_" in line]
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(lines) > 20 and all(line.endswith("skipped (Skipped: no CUDA GPU)") for line in lines), done.stdout
+    assert len(lines) > 20 and all(line.endswith("(Skipped: no CUDA GPU)") for line in lines), done.stdout
+    assert done.stdout.rstrip().endswith(f"{len(lines)} skipped")
+    files = list(dict.fromkeys(line.split()[3].partition("::")[0] for line in lines))
+    assert files[:4] == ["test_layer_specs.py", "test_families.py", "test_fp8_bytes.py", "test_fp8_served.py"]
+
+
+def test_a_package_that_is_missing_is_named_with_who_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "WANTED", {"json": "nobody", "no_such_package": "servers"})
+    assert preflight.missing(["json", "no_such_package"]) == ["no_such_package"]
+    monkeypatch.setattr(preflight, "missing", lambda: ["no_such_package"])
+    assert preflight.line() == "missing on this host: no_such_package (servers); see docs/gpu.md"
+
+
+def test_a_name_that_fits_no_test_is_no_success(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "test_one.py").write_text("def test_one(): pass\n")
+    assert gpu_tests.main(["-k", "two"], folder=tmp_path) == 1
+    assert capfd.readouterr().out.rstrip().endswith("no test")
+
+
+def test_a_line_that_was_cut_off_is_not_read(tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    table.write(journal, event="start", name="a")
+    with journal.open("a") as file:
+        file.write(json.dumps({"event": "end"})[:5])
+    assert table.read(journal) == [{"event": "start", "name": "a"}]
