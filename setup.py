@@ -34,7 +34,9 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "gpu": ["sglang==0.5.23", "transformer-engine[pytorch]", "mpi4py"],
+        # What tests check names and settings against: these replace CPU's megatron-core 0.16.1 in one environment.
+        # SGLang pins torch to a build for CUDA 13; Transformer Engine's core would come for CUDA 12.
+        "gpu": ["sglang==0.5.23", "megatron-core==0.19.2", "transformer-engine[core_cu13,pytorch]==2.20.2", "mpi4py"],
         "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "import-linter"],
         # Sources of kind parquet and huggingface; about 260 MB, pandas included.
         "data": ["datasets", "pyarrow"],

@@ -25,6 +25,7 @@ def check_fp8(config: Config) -> None:
         raise ConfigError("fp8.params=true cannot go with fp8.recipe=mxfp8; set fp8.params=false")
     if fp8.recipe == "delayed":
         _check_delayed(config)
+        _check_delayed_speed(config)
 
 
 def _check_delayed(config: Config) -> None:
@@ -42,3 +43,26 @@ def _check_delayed(config: Config) -> None:
             "fp8.params=true cannot go with fp8.recipe=delayed: weights would be loaded before they have a scale; "
             "use tensorwise, or fp8.params=false"
         )
+
+
+def _check_delayed_speed(config: Config) -> None:
+    """Two more that would need a pass's scales twice, or update them out of turn."""
+    if config.train.cuda_graphs:
+        # Megatron would update the gradients' scales behind each graphed layer's backward, and roll with them the
+        # histories of the layers that have not run yet.
+        raise ConfigError(
+            "fp8.recipe=delayed cannot go with train.cuda_graphs=true: each layer's graph would move the history of "
+            "all layers; use tensorwise"
+        )
+    if (again := recomputed_from_outputs(config)) is not None:
+        raise ConfigError(
+            f"memory.recompute_modules={again} cannot go with fp8.recipe=delayed, by Megatron's rules; use tensorwise, "
+            "or leave it out"
+        )
+
+
+def recomputed_from_outputs(config: Config) -> str | None:
+    """The first of memory.recompute_modules that gives its output away and makes it anew, which FP8 limits."""
+    memory = config.memory
+    modules = memory.recompute_modules if memory.recompute == "selective" else ()
+    return next((module for module in modules if module in ("layernorm", "moe_act")), None)

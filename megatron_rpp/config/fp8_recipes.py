@@ -28,6 +28,9 @@ class RecipeRule:
     engine: Version  # least Transformer Engine that Megatron uses the recipe of (`fp8_utils.get_fp8_recipe`)
 
 
+ENGINE_OF_RECOMPUTED_OUTPUTS: Version = (2, 6)
+"""Least Transformer Engine that recomputes `fp8_checks.recomputed_from_outputs` in FP8 (Megatron's rule)."""
+
 _ALL: Version = (99,)
 RULES: dict[str, RecipeRule] = {
     "delayed": RecipeRule(16, 16, 16, (8, 9), _ALL, (12, 1), (1, 11)),
@@ -64,9 +67,14 @@ def why_not(recipe: str, gpu: str, capability: Version, *, cuda: str = "", engin
     if tuple(capability) >= rule.below:
         return f"fp8.recipe={recipe} needs a compute capability below {_text(rule.below)}, {has}; use tensorwise"
     for name, found, least in (("CUDA", cuda, rule.cuda), ("transformer-engine", engine, rule.engine)):
-        if found and _parse(found) < least:
+        if found and is_older(found, least):
             return f"fp8.recipe={recipe} needs {name} {_text(least)} or newer, and {found} is installed"
     return ""
+
+
+def is_older(version: str, least: Version) -> bool:
+    """Whether a version such as "2.5.1+cu13" is below (2, 6)."""
+    return _parse(version) < least
 
 
 def _text(version: Version) -> str:

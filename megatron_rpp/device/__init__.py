@@ -96,6 +96,9 @@ def set_rng_state(state: torch.Tensor | None) -> None:
 
 
 # torch's compiler would start up to 32 processes for each rank of the host. Read when torch._inductor is imported.
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+_FOR_RANKS = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+SET_HERE = {name: value for name, value in _FOR_RANKS.items() if name not in os.environ}
+"""Of this process's environment, what is no setting of the user's; other programs are started without it."""
+os.environ.update(SET_HERE)
 if not has_cuda():
     cpu.install()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -27,9 +28,7 @@ def settle_scales(model: Model, run: Callable[[Model], object]) -> None:
         return
     run(model)
     # Of all models of this process; what has met nothing since its last update keeps its scale.
-    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
-
-    FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=True)
+    _global_state().reduce_and_update_fp8_tensors(forward=True)
 
 
 def settle_gradient_scales(model: Model, run: Callable[[], object], gather: Gather = gather_objects) -> None:
@@ -72,3 +71,12 @@ def _has_met(state: Any) -> torch.Tensor:
     """[tensors] bool. A history of one pass is empty again behind each update."""
     met: torch.Tensor = (state.amax_history != 0).any(dim=0) | (state.scale != 1)
     return met
+
+
+def _global_state() -> Any:
+    """Transformer Engine's FP8GlobalStateManager, which older releases have in a module that newer ones give up."""
+    try:
+        module = importlib.import_module("transformer_engine.pytorch.quantization")
+    except ModuleNotFoundError:
+        module = importlib.import_module("transformer_engine.pytorch.fp8")
+    return module.FP8GlobalStateManager

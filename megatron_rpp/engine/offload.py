@@ -4,6 +4,7 @@
     scoring                   policy, reference
     training                  policy, gradients, optimizer
 
+While servers sample, FP8 copies of the policy's weights are dropped with the rest, but where CUDA graphs hold them.
 Between these each part is where it was left. Parts that memory.offload does not name never move.
 """
 
@@ -61,6 +62,8 @@ class Offload:
             return
         self._put_training_away()
         self._put_reference_away()
+        if self._policy.config.cuda_graph_impl == "none":  # graphs are replayed on the copies that they have met
+            _drop_fp8_copies(self._policy)
         device.free_cached_memory()
 
     @contextmanager
@@ -108,11 +111,15 @@ class Offload:
 
     def _put_reference_away(self) -> None:
         if "reference" in self._names and self._reference is not None and not self._weights.nbytes:
-            for chunk in self._reference.chunks:
-                for module in chunk.modules():
-                    # Transformer Engine's FP8 copies of weights; it makes them anew where they are missing.
-                    getattr(module, "_fp8_workspaces", {}).clear()
+            _drop_fp8_copies(self._reference)
             self._weights.take(_weights(self._reference))
+
+
+def _drop_fp8_copies(model: Model) -> None:
+    """Transformer Engine's FP8 copies of weights; it makes them anew where they are missing."""
+    for chunk in model.chunks:
+        for module in chunk.modules():
+            getattr(module, "_fp8_workspaces", {}).clear()
 
 
 def _weights(model: Model) -> Iterator[Tensor]:

@@ -13,7 +13,8 @@ from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_rpp.config.fp8_recipes import multiple_of, why_not
+from megatron_rpp.config.fp8_checks import recomputed_from_outputs
+from megatron_rpp.config.fp8_recipes import ENGINE_OF_RECOMPUTED_OUTPUTS, is_older, multiple_of, why_not
 from megatron_rpp.config.performance import Fp8Config
 from megatron_rpp.config.schema import Config
 from megatron_rpp.device.gpus import gpus, package_version, software
@@ -62,3 +63,9 @@ def check_can_compute(config: Config, layer_spec: str) -> None:
     for gpu in gpus():
         if reason := why_not(config.fp8.recipe, gpu.name, gpu.capability, cuda=cuda, engine=engine):
             raise ValueError(reason)
+    again = recomputed_from_outputs(config)
+    if again is not None and engine and is_older(engine, ENGINE_OF_RECOMPUTED_OUTPUTS):
+        raise ValueError(
+            f"memory.recompute_modules={again} with fp8.recipe={config.fp8.recipe} needs transformer-engine 2.6 or "
+            f"newer, and {engine} is installed; leave {again} out"
+        )

@@ -6,7 +6,9 @@ import importlib
 import importlib.util
 import logging
 from functools import lru_cache
+from typing import Any
 
+import torch
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -15,6 +17,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_rpp import device
 from megatron_rpp.device import without_te
+from megatron_rpp.device.gpus import gpus
 from megatron_rpp.model.hf_config import HFConfig
 from megatron_rpp.model.layers.attention import SDPACoreAttention
 from megatron_rpp.model.layers.features import add_features
@@ -34,19 +37,33 @@ def resolve_layer_spec(choice: str) -> str:
     return "local" if missing else "te"
 
 
-@lru_cache(maxsize=1)  # so that `auto` warns once
+@lru_cache(maxsize=1)  # so that `auto` warns once, and a kernel is tried once
 def _missing_for_te() -> str:
     """What keeps Transformer Engine's layers from running on a GPU, in words; empty: nothing."""
     if importlib.util.find_spec("transformer_engine") is None:
         return "transformer-engine, which is not installed"
+    # A library that is built for another torch, CUDA or GPU ends in many ways: OSError, RuntimeError, ...
     try:
-        importlib.import_module("transformer_engine.pytorch")
-    # A library that is built for another torch or CUDA ends its import in many ways: OSError, RuntimeError, ...
+        failed = "imported"
+        engine = importlib.import_module("transformer_engine.pytorch")
+        failed = f"run on this GPU ({', '.join(sorted({gpu.name for gpu in gpus()}))})"
+        _run_a_kernel(engine)
     except Exception as error:
-        reason = f"transformer-engine, which is installed and cannot be imported: {str(error) or type(error).__name__}"
+        said = " ".join(str(error).split()) or type(error).__name__
+        reason = f"transformer-engine, which is installed and cannot be {failed}: {said}"
         logger.warning("model.layer_spec: local layers, as the others need %s", reason)
         return reason
     return ""
+
+
+@torch.no_grad()
+def _run_a_kernel(engine: Any) -> None:
+    """Of Transformer Engine's own, the smallest: one that is built for other architectures tells only then."""
+    norm = engine.RMSNorm(1024, params_dtype=torch.bfloat16, device=device.current())
+    found = norm(torch.ones(16, 1024, dtype=torch.bfloat16, device=device.current()))
+    mean = float(found.float().mean())
+    if abs(mean - 1) > 0.01:  # waits for the GPU, whose errors come then
+        raise RuntimeError(f"the RMSNorm of ones is {mean}")
 
 
 def block_spec(

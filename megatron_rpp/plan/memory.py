@@ -30,6 +30,7 @@ class StageMemory:
     logits_bytes: int  # those of one microbatch, and what their log-probs and the loss keep; the last stage's
     working_bytes: int  # of the moment: float32 logits of a chunk, a weight's gradient, what is sent to the next stage
     sync_bytes: int
+    dropped_copies_bytes: int = 0  # of copies_bytes, what leaves with anything that is off-loaded
     offloaded: tuple[str, ...] = ()  # memory.offload
 
     @property
@@ -41,7 +42,8 @@ class StageMemory:
     @property
     def sampling_bytes(self) -> int:
         """While servers sample, and in a weight sync."""
-        return self.resident_bytes - self._away("gradients", "optimizer", "reference") + self.sync_bytes
+        dropped = self.dropped_copies_bytes if self.offloaded else 0
+        return self.resident_bytes - self._away("gradients", "optimizer", "reference") - dropped + self.sync_bytes
 
     @property
     def peak_bytes(self) -> int:

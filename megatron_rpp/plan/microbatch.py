@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 from megatron_rpp.config.schema import Config
 from megatron_rpp.experience.packing import PackingRule
@@ -26,11 +25,6 @@ class MicrobatchShape:
     def all_tokens(self) -> int:
         """On all CP ranks together: the loss sees them on each."""
         return self.bounds[-1] if self.bounds else self.tokens
-
-    @property
-    def longest(self) -> int:
-        """The longest slot."""
-        return max((end - start for start, end in pairwise(self.bounds)), default=self.length)
 
 
 def largest_microbatch(config: Config) -> MicrobatchShape:

@@ -46,7 +46,7 @@ def packed_params(shape: MicrobatchShape) -> PackedSeqParams | None:
         return None
     with torch._C.DisableTorchFunction():  # AlwaysMeta
         bounds = torch.tensor(shape.bounds, dtype=torch.int32, device="cpu")
-    return slot_params(bounds, shape.longest)
+    return slot_params(bounds, shape.bounds)
 
 
 class EvenRouting(TorchFunctionMode):

@@ -12,7 +12,7 @@ from megatron_rpp import device
 from megatron_rpp.config.schema import Config
 from megatron_rpp.model.hf_config import HFConfig
 from megatron_rpp.model.transformer_config import transformer_config
-from megatron_rpp.plan.buffers import lay_out
+from megatron_rpp.plan.buffers import bucket_elements, lay_out
 from megatron_rpp.plan.fp8_weights import fp8_weights
 from megatron_rpp.plan.in_flight import chunks_in_flight
 from megatron_rpp.plan.memory import GRADIENT, StageMemory
@@ -51,6 +51,7 @@ def _stage(hf: HFConfig, config: Config, parts: Parts, stage: int, layers: Seque
         activation_bytes=sum(n * part.saved for n, chunk in zip(in_flight, chunks, strict=True) for part in chunk),
         logits_bytes=_kept_logits(config, parts, size) if is_last else 0,
         working_bytes=_working(hf, config, parts, chunks, in_flight, is_last=is_last),
+        dropped_copies_bytes=0 if config.fp8.params or config.train.cuda_graphs else fp8.copies,
         sync_bytes=2 * config.weight_sync.bucket_mb * MIB,
         offloaded=config.memory.offload,
     )
@@ -59,7 +60,8 @@ def _stage(hf: HFConfig, config: Config, parts: Parts, stage: int, layers: Seque
 def layers_of_stages(hf: HFConfig, config: Config) -> list[list[range]]:
     """By stage and model chunk the global indices of the layers, as Megatron shares them out."""
     parallel = config.parallel
-    megatron = transformer_config(hf, replace(config, model=replace(config.model, layer_spec="local")))
+    model, train = replace(config.model, layer_spec="local"), replace(config.train, cuda_graphs=False)  # without a GPU
+    megatron = transformer_config(hf, replace(config, model=model, train=train))
 
     def layers(stage: int, chunk: int) -> range:
         vp_stage = chunk if parallel.virtual_pipeline > 1 else None
@@ -105,8 +107,10 @@ def _buffers(hf: HFConfig, config: Config, chunks: Sequence[Sequence[Part]], sta
         shared = hf.tied_embeddings and parallel.pipeline > 1
         first, last = stage == i == 0, stage == parallel.pipeline - 1 and i == len(chunks) - 1
         apart = (0 if first else len(dense) - 1 if last else None) if shared else None
+        # Megatron sums in parts on the first stage alone, and we of its first chunk alone.
+        bucket = bucket_elements(parallel.data) if config.optimizer.overlap_grad_reduce and stage == i == 0 else None
         for sizes, ranks, own in ((dense, copies, apart), (experts, expert_copies, None)):
-            buffer = lay_out(sizes, ranks, distributed=distributed, apart=own)
+            buffer = lay_out(sizes, ranks, distributed=distributed, apart=own, bucket=bucket)
             length += buffer.length
             updated += max(buffer.updated)
     return parameters, length, updated

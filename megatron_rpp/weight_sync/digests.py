@@ -1,4 +1,4 @@
-"""The digest that SGLang's weight checker gives a tensor: SHA-256 of its bytes on CPU, a kernel of its own on GPUs."""
+"""The digest that SGLang's weight checker gives a tensor: SHA-256 of its bytes on CPU, a hash of its own on GPUs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from megatron_rpp.weight_sync.gpu_hash import GpuHash
 
 _DIGEST_BYTES = 8
 
@@ -37,26 +39,16 @@ class CpuDigest:
 
 
 class GpuDigest:
-    """Of a tensor that a GPU server holds. SGLang's kernel wants it in one piece, so all are kept until the end."""
+    """Of a tensor that a GPU server holds. The pieces may be on any device, but all on the same."""
 
     def __init__(self) -> None:
-        self._pieces: list[Tensor] = []
+        self._hash = GpuHash()
 
     def update(self, piece: Tensor) -> None:
-        """Raises ValueError for a tensor that is not on a GPU: the kernel has no form for CPUs."""
-        if not piece.is_cuda:
-            raise ValueError(
-                "checksums of SGLang servers on GPUs can only be computed where the trainer runs on GPUs too; "
-                "set weight_sync.verify=off"
-            )
-        self._pieces.append(piece.detach())
+        self._hash.update(piece)
 
     def finish(self) -> str:
-        from sglang.kernels.ops.memory.gpu_tensor_hash import gpu_tensor_hash  # needs triton: on GPU hosts only
-
-        whole = torch.cat([piece.reshape(-1) for piece in self._pieces])
-        self._pieces.clear()
-        return f"{gpu_tensor_hash(whole):016x}"
+        return f"{self._hash.finish():016x}"
 
 
 def new_digest(device: str) -> Digest:

@@ -60,7 +60,7 @@ def quantize(weight: Tensor, *, power_of_two: bool = False) -> tuple[Tensor, Ten
 
 def _by_quotients(tiles: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
     """(tiles / scale, scale), the scale being largest / 448."""
-    scale = largest / _LARGEST
+    scale = torch.div(largest, torch.full_like(largest, _LARGEST))  # CUDA takes `/ 448.0` for a product with 1 / 448
     scale = torch.where(scale == 0, 1.0, scale.clamp(min=_SMALLEST_SCALE))
     return tiles / scale[:, None, :, None], scale
 

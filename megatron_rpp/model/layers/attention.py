@@ -15,7 +15,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megatron_rpp.model.layers.capped_attention import capped_attention
-from megatron_rpp.model.layers.packed_attention import packed_attention
+from megatron_rpp.model.layers.packed_attention import SlotParams, packed_attention
 
 _BLOCK = 1024  # query positions that have a mask at once
 
@@ -64,8 +64,8 @@ class SDPACoreAttention(torch.nn.Module):
         """
         assert attention_bias is None
         if packed_seq_params is not None:
-            bounds = tuple(packed_seq_params.cu_seqlens_q.tolist())
-            return packed_attention(query, key, value, bounds, self.cp_group, self._attend)
+            assert isinstance(packed_seq_params, SlotParams), "slot_params makes them"
+            return packed_attention(query, key, value, packed_seq_params.bounds, self.cp_group, self._attend)
         assert self.cp_group is None, "only packed sequences are shared out over CP ranks"
         # SDPA wants [B, heads, S, D].
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))

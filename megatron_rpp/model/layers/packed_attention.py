@@ -6,6 +6,7 @@ Shapes: T packed tokens of all CP ranks, C = T / cp_size of this one, H query he
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
@@ -21,19 +22,31 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q [1, H, queries, D], k and v [1, G, keys, D] -> [1, H, queries, Dv]; the queries stand at the last of the keys."""
 
 
-def slot_params(bounds: Tensor, longest: int) -> PackedSeqParams:
-    """What Megatron is told of slots: bounds [slots + 1] int32, and the length of the longest.
+@dataclass
+class SlotParams(PackedSeqParams):
+    """What the layers of a model are told of slots; Megatron's and Transformer Engine's know Megatron's fields alone.
+
+    Without `bounds` every layer would wait for its device to read the tensor back.
+    """
+
+    bounds: tuple[int, ...] = ()  # as cu_seqlens
+
+
+def slot_params(cu_seqlens: Tensor, bounds: tuple[int, ...]) -> SlotParams:
+    """cu_seqlens [slots + 1] int32, and the same as numbers.
 
     Padding in a slot is part of its sequence: all that attention and rotary embeddings know are slots.
     """
-    return PackedSeqParams(
+    longest = max(end - start for start, end in pairwise(bounds))
+    return SlotParams(
         qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        cu_seqlens_q_padded=bounds,
-        cu_seqlens_kv_padded=bounds,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=cu_seqlens,
+        cu_seqlens_kv_padded=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        bounds=bounds,
     )
 
 

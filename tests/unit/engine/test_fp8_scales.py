@@ -65,8 +65,8 @@ def make_model(recipe: str | None) -> Any:
     return SimpleNamespace(chunks=[chunk], config=SimpleNamespace(fp8=recipe and "hybrid", fp8_recipe=recipe))
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+@pytest.fixture(params=["quantization", "fp8"], ids=["te_2_20", "te_before_2_9"])
+def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What Transformer Engine, which a stand-in takes the place of, and `score` were asked, in order."""
     asked: list[str] = []
     models: list[Any] = []
@@ -83,7 +83,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         for model in models:
             model.chunks[0][1].update()
 
-    engine = ModuleType("transformer_engine.pytorch.fp8")
+    engine = ModuleType(f"transformer_engine.pytorch.{request.param}")
     engine.FP8GlobalStateManager = SimpleNamespace(reduce_and_update_fp8_tensors=update)  # type: ignore[attr-defined]
     for name in ("transformer_engine", "transformer_engine.pytorch"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))

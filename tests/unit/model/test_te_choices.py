@@ -6,15 +6,17 @@ import importlib
 import importlib.util
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_rpp import device
-from megatron_rpp.config.performance import Fp8Config
+from megatron_rpp.config.performance import Fp8Config, MemoryConfig
 from megatron_rpp.config.schema import Config, ModelConfig, ParallelConfig
 from megatron_rpp.device.gpus import GPU
 from megatron_rpp.model import fp8, layer_spec
@@ -30,9 +32,10 @@ Host = Callable[..., None]
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
-    """host(cuda=..., te=...): te is False (not installed), True, or the error that its import ends in."""
+    """host(cuda=..., te=..., kernels=...): te is False (not installed), True, or the error that its import ends in;
+    kernels what its norm does."""
 
-    def pretend(*, cuda: bool = True, te: Any = True, apex: bool = False) -> None:
+    def pretend(*, cuda: bool = True, te: Any = True, apex: bool = False, kernels: Any = torch.nn.RMSNorm) -> None:
         layer_spec._missing_for_te.cache_clear()
         present = {"transformer_engine": te is not False, "fused_weight_gradient_mlp_cuda": apex}
         find, load = importlib.util.find_spec, importlib.import_module
@@ -45,9 +48,11 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
                 return load(name, package)
             if isinstance(te, Exception):
                 raise te
-            return SimpleNamespace()
+            return SimpleNamespace(RMSNorm=lambda size, params_dtype, device: kernels(size, dtype=params_dtype))
 
         monkeypatch.setattr(device, "has_cuda", lambda: cuda)
+        monkeypatch.setattr(device, "current", lambda: torch.device("cpu"))
+        monkeypatch.setattr(layer_spec, "gpus", lambda: [GPU("B200", 1 << 37, (10, 0))] * 8)
         monkeypatch.setattr(importlib.util, "find_spec", find_spec)
         monkeypatch.setattr(importlib, "import_module", import_module)
 
@@ -82,6 +87,38 @@ def test_a_choice_that_cannot_run_tells_what_is_missing(host: Host, cuda: bool, 
         resolve_layer_spec("te")
 
 
+class OfAnotherGpu(torch.nn.RMSNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("rmsnorm_api.cpp:82 in function forward:\n  no kernel image is available")
+
+
+class Silent(torch.nn.RMSNorm):
+    """What a launch that fails unnoticed leaves."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "reason"),
+    [
+        (OfAnotherGpu, r"run on this GPU \(B200\): rmsnorm_api.cpp:82 in function forward: no kernel image"),
+        (Silent, r"run on this GPU \(B200\): the RMSNorm of ones is 0.0"),
+    ],
+)
+def test_an_engine_that_is_built_for_other_gpus_is_not_taken(
+    host: Host, caplog: pytest.LogCaptureFixture, kernels: Any, reason: str
+) -> None:
+    """It imports, and would end at the first layer."""
+    host(kernels=kernels)
+    with caplog.at_level(logging.WARNING):
+        assert resolve_layer_spec("auto") == "local"
+    with pytest.raises(ValueError, match=f"model.layer_spec=te needs .*{reason}.*; use auto or local") as caught:
+        resolve_layer_spec("te")
+    assert "\n" not in str(caught.value)
+    assert [re.search(reason, record.getMessage()) is not None for record in caplog.records] == [True]
+
+
 def test_a_broken_engine_is_told_once_where_auto_passes_it_over(host: Host, caplog: pytest.LogCaptureFixture) -> None:
     host(te=BROKEN)
     with caplog.at_level(logging.WARNING):
@@ -104,6 +141,18 @@ def test_a_gpu_that_lacks_the_recipe_is_named_before_anything_is_built(monkeypat
     check_can_compute(Config(fp8=Fp8Config("blockwise")), "te")
     with pytest.raises(ValueError, match=r"fp8.recipe=mxfp8 needs compute capability 10.0, H200 has 9.0"):
         check_can_compute(Config(fp8=Fp8Config("mxfp8")), "te")
+
+
+def test_an_engine_too_old_to_recompute_norms_in_fp8_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = ["2.5.0+cu13"]
+    monkeypatch.setattr(fp8, "package_version", lambda name: version[0])
+    memory = MemoryConfig(recompute="selective", recompute_modules=("mlp", "layernorm"))
+    config = Config(fp8=Fp8Config("tensorwise"), memory=memory)
+    with pytest.raises(ValueError, match=r"recompute_modules=layernorm .* needs transformer-engine 2\.6 .* 2\.5\.0"):
+        check_can_compute(config, "te")
+    check_can_compute(replace(config, memory=replace(memory, recompute="none")), "te")
+    version[0] = "2.20.2"
+    check_can_compute(config, "te")
 
 
 def test_megatron_is_told_the_recipe_and_local_layers_are_not() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_rpp.commands import plan as command
 from megatron_rpp.config import Config
@@ -16,6 +17,7 @@ from megatron_rpp.config.fields import build
 from megatron_rpp.config.schema import ParallelConfig
 from megatron_rpp.plan import plan, suggest
 from megatron_rpp.plan.buffers import lay_out
+from megatron_rpp.plan.fake_rank import fake_rank
 from megatron_rpp.plan.in_flight import chunks_in_flight
 from megatron_rpp.plan.memory import GIB, RESERVE_BYTES
 from tests.support.llama3 import LLAMA3_8B
@@ -198,6 +200,32 @@ def test_a_buffer_is_padded_as_megatrons_is() -> None:
     buffer = lay_out([100, 10], 2, distributed=True)
     assert (buffer.length, buffer.updated) == (256, (74, 36))
     assert lay_out([100, 10], 2, distributed=False).length == 110
+
+
+def test_overlapped_sums_have_padded_buckets_on_the_first_stage(make: Make) -> None:
+    """Of Llama 3 8B on two stages: an embedding, and layers that fill a bucket with almost every matrix."""
+    settings = {"parallel.pipeline": 2, "parallel.data": 7, "rollout.num_prompts": 14, "train.batch_size": 14}
+    at_once = plan(make(LLAMA3_8B, settings)).stages
+    overlapped = plan(make(LLAMA3_8B, {**settings, "optimizer.overlap_grad_reduce": True})).stages
+    padding = [(b.gradient_bytes - a.gradient_bytes) // 4 for a, b in zip(at_once, overlapped, strict=True)]
+    assert 16 * 4 * 7 * 128 > padding[0] > 0 == padding[1]
+
+
+@pytest.mark.parametrize("bucket", [500, 1024, 5000])
+def test_a_buffer_in_buckets_is_as_long_as_megatrons(bucket: int) -> None:
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer import TransformerConfig
+
+    sizes = [1000, 10, 333, 700, 64, 5, 2048, 90]
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=True, bucket_size=bucket
+    )
+    with fake_rank(ParallelConfig(data=4)):
+        module = torch.nn.ParameterList([torch.nn.Parameter(torch.empty(size)) for size in sizes])
+        config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+        (buffer,) = DistributedDataParallel(config=config, ddp_config=ddp_config, module=module).buffers
+    assert lay_out(sizes, 4, distributed=True, bucket=bucket).length == buffer.numel
+    assert (len(buffer.buckets) > 1) == (bucket < 5000)
 
 
 def test_a_model_too_large_is_told_the_setting_that_makes_it_fit(make: Make) -> None:

@@ -96,6 +96,17 @@ def test_fp8_keeps_two_copies_of_each_matrix(model: Path) -> None:
     assert bf16.copies_bytes == 0
 
 
+def test_copies_leave_with_what_is_offloaded_but_not_from_graphs_or_parameters(model: Path) -> None:
+    """The reference's are counted with it. In training they are all there."""
+    fp8 = {"fp8__recipe": "tensorwise"}
+    graphs, params = {"train__cuda_graphs": True}, {"fp8__params": True, "optimizer__distributed": True}
+    for settings, dropped in ((fp8, 2), ({**fp8, **graphs}, 0), ({**fp8, **params}, 0)):
+        there, away = stage_of(model, **settings), stage_of(model, memory__offload=("optimizer",), **settings)
+        leaves = there.sampling_bytes - away.sampling_bytes - there.optimizer_bytes
+        assert leaves == dropped * 32 * A_LAYERS_MATRICES
+        assert away.peak_bytes == there.peak_bytes
+
+
 def test_fp8_parameters_are_one_of_the_copies(model: Path) -> None:
     matrices = 32 * A_LAYERS_MATRICES
     stage = stage_of(model, fp8__recipe="tensorwise", fp8__params=True, optimizer__distributed=True)

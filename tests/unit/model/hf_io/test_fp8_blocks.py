@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_rpp.model.hf_io import fp8_blocks
 from megatron_rpp.model.hf_io.fp8_blocks import dequantize, is_quantized, quantization_config, quantize
@@ -293,3 +295,26 @@ def test_transformers_reads_the_quantization_config_as_blocks_of_fp8() -> None:
         "quant_method": "fp8",
         "weight_block_size": [128, 128],
     }
+
+
+class DividesByNoNumber(TorchDispatchMode):
+    """CUDA divides by a number as it multiplies by its reciprocal, which rounds twice; CPU does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.divisions = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.div, torch.ops.aten.div_, torch.ops.aten.true_divide):
+            self.divisions += 1
+            assert all(isinstance(x, Tensor) and x.dim() > 0 for x in args), f"{func} of {args}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_a_scale_is_divided_in_a_way_that_gives_the_same_bits_on_gpus(power_of_two: bool) -> None:
+    with DividesByNoNumber() as mode:
+        quantize(torch.randn(130, 140), power_of_two=power_of_two)
+    assert mode.divisions >= 1
+    with pytest.raises(AssertionError, match="div"), DividesByNoNumber():
+        torch.randn(3, 3) / 448.0

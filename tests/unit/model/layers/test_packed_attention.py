@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
@@ -53,8 +52,8 @@ def on_ranks(
     shares = zigzag(bounds, cp_size)
     dealt = torch.cat([torch.cat([tensors[1][own], tensors[2][own]], dim=-1) for own in shares])
     monkeypatch.setattr(packed_attention, "gather_from_sequence_parallel_region", lambda _, group: dealt)
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens)
+    unreadable = torch.tensor(bounds, dtype=torch.int32, device="meta")  # no layer may wait for its device
+    packed = packed_attention.slot_params(unreadable, tuple(bounds))
     outputs = [
         make(*settings, cp_size, rank)(*(x[own] for x in tensors), None, packed_seq_params=packed)
         for rank, own in enumerate(shares)
