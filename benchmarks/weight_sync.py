@@ -4,37 +4,41 @@
 
 Makes a random Llama (float32, 1024 wide) in a temporary folder and runs, on CPU over gloo:
 
-- speed: one trainer rank, one server. In turns: a plain gloo broadcast of the same bytes in the same buffers
-  between two fresh processes, a plain `tensor.copy_`, a sync with weight_sync.verify=off, and one with full.
+- speed: one trainer rank with one server, with two, and with one of TP 2. In turns: a plain gloo broadcast of the
+  same bytes in the same buffers between as many fresh processes, a plain `tensor.copy_`, a sync with
+  weight_sync.verify=off, and one with full.
 - memory: how far the resident set of a trainer rank rises in a sync (VmHWM) above its level just before, with one
   rank and with two (TP 2), in units of weight_sync.bucket_mb. The bound is 2.
 - delta: bytes of weight_sync.transports=delta over those of a full sync, after real optimizer steps on a smaller
   model; every sync is verified bit for bit (verify=full).
 
 The last line is one JSON object. broadcast_over_raw: rate of the send part with verify=off over the plain broadcast's;
-verified_over_raw: that of the whole sync with verify=full. Both are of medians; broadcast_over_raw_fastest is of the
-fastest of each, which a busy machine spoils less. peak_extra_buckets: the largest that was seen.
-delta_bytes_fraction: the largest after one step at the paper's learning rate, with bfloat16 on the server.
+verified_send_over_raw: the same with verify=full; verified_over_raw: that of the whole sync with verify=full. All are
+of medians, with one server; broadcast_over_raw_fastest is of the fastest of each, which a busy machine spoils less.
+peak_extra_buckets: the largest that was seen. delta_bytes_fraction: the largest after one step at the paper's learning
+rate, with bfloat16 on the server.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from megatron_rpp.parallel.local_launch import launch_local
 
 Result = dict[str, Any]
 WORKER, DELTA = "benchmarks.weight_sync_worker", "benchmarks.weight_sync_delta"
+SERVERS = {  # the settings of each part of `speed`
+    "one server": [],
+    "two servers": ["--rollout.num_servers=2"],
+    "one server of TP 2": ["--rollout.server_tensor=2"],
+}
 DTYPES = ("bfloat16", "float32")  # of the server in the delta part; the trainer's weights are float32
 
 
@@ -46,16 +50,22 @@ def main() -> None:
         write_llama(large, vocab=args.vocab, hidden=1024, ffn=2816, layers=args.layers, heads=16)
         write_llama(small, vocab=2048, hidden=256, ffn=512, layers=3, heads=8)
         bucket = f"--weight_sync.bucket_mb={args.bucket_mb}"
-        speed = run(WORKER, "speed", str(args.repeats), model=large, settings=[bucket])
-        rates = summarize_speed(speed)
-        print_speed(speed, rates)
-        with prompt_allocator():
-            memory = {tp: measure_memory(large, bucket, tp) for tp in (1, 2)}
+        speeds = {
+            name: run(WORKER, "speed", str(args.repeats), model=large, settings=[bucket, *settings])
+            for name, settings in SERVERS.items()
+        }
+        all_rates = {name: summarize_speed(speed) for name, speed in speeds.items()}
+        for name, speed in speeds.items():
+            print_speed(name, speed, all_rates[name])
+        rates = all_rates["one server"]
+        memory = {tp: measure_memory(large, bucket, tp) for tp in (1, 2)}
         peaks = summarize_memory(memory, args.bucket_mb * 2**20)
         print_memory(peaks, rates["largest_parameter_bytes"], args.bucket_mb)
         deltas = [series for dtype in DTYPES for series in run(DELTA, model=small, settings=delta_settings(dtype))]
         print_deltas(deltas)
-    print(json.dumps({**rates, **peaks, "delta_bytes_fraction": delta_bytes_fraction(deltas), "deltas": deltas}))
+    others = {name: ratios(found) for name, found in all_rates.items() if found is not rates}
+    fraction = {"delta_bytes_fraction": delta_bytes_fraction(deltas)}
+    print(json.dumps({**rates, **peaks, **others, **fraction, "deltas": deltas}))
 
 
 def write_llama(
@@ -113,9 +123,9 @@ def summarize_speed(speed: Result) -> dict[str, float]:
     """Medians in seconds, and ratios of rates to the plain broadcast's."""
     syncs = speed["syncs"]
     raw, copy = (statistics.median(speed["plain"][name]) for name in ("broadcast", "copy"))
-    send, whole, verified = (
+    send, whole, verified_send, verified = (
         statistics.median(report[key] for report in syncs[verify])
-        for verify, key in (("off", "send_s"), ("off", "wall_s"), ("full", "wall_s"))
+        for verify, key in (("off", "send_s"), ("off", "wall_s"), ("full", "send_s"), ("full", "wall_s"))
     )
     return {
         "bytes": speed["bytes"],
@@ -124,23 +134,14 @@ def summarize_speed(speed: Result) -> dict[str, float]:
         "copy_s": copy,
         "send_s": send,
         "sync_s": whole,
-        "verified_send_s": statistics.median(report["send_s"] for report in syncs["full"]),
+        "verified_send_s": verified_send,
         "verified_sync_s": verified,
         "broadcast_over_raw": raw / send,
         "broadcast_over_raw_fastest": min(speed["plain"]["broadcast"]) / min(r["send_s"] for r in syncs["off"]),
+        "verified_send_over_raw": raw / verified_send,
         "unverified_sync_over_raw": raw / whole,
         "verified_over_raw": raw / verified,
     }
-
-
-@contextmanager
-def prompt_allocator() -> Iterator[None]:
-    """Processes started inside give memory back as soon as it is freed, so that what is resident is what is held.
-
-    Without it glibc keeps up to twice the largest freed block below 32 MiB, now more and now less.
-    """
-    with patch.dict(os.environ, {"MALLOC_MMAP_THRESHOLD_": str(2**20)}):
-        yield
 
 
 def measure_memory(model: Path, bucket: str, tp: int) -> Result:
@@ -159,9 +160,15 @@ def delta_bytes_fraction(deltas: Sequence[Result]) -> float:
     return max(share for found in deltas if (found["series"], found["dtype"]) == wanted for share in found["fractions"])
 
 
-def print_speed(speed: Result, rates: Mapping[str, float]) -> None:
+def ratios(rates: Mapping[str, float]) -> dict[str, float]:
+    """Those to the plain broadcast alone."""
+    return {name: value for name, value in rates.items() if "over_raw" in name}
+
+
+def print_speed(servers: str, speed: Result, rates: Mapping[str, float]) -> None:
     size = rates["bytes"] / 1e9
-    print(f"{size:.2f} GB in {speed['buckets']} buckets, the largest of {speed['largest_bucket'] / 2**20:.0f} MiB")
+    largest = speed["largest_bucket"] / 2**20
+    print(f"{servers}: {size:.2f} GB in {speed['buckets']} buckets, the largest of {largest:.0f} MiB")
     lines = {
         "tensor.copy_": "copy_s",
         "plain gloo broadcast": "raw_broadcast_s",

@@ -1,6 +1,6 @@
 """What the weight-sync benchmark compares with: a plain gloo broadcast and a plain copy of the same bytes.
 
-Two fresh processes, as trainer and server are, that do nothing else. They live as long as `PlainTransfers` and
+Fresh processes, one a rank of trainer and servers, that do nothing else. They live as long as `PlainTransfers` and
 work one request at a time, so that they can be measured in turns with the syncs.
 """
 
@@ -20,20 +20,20 @@ from torch import Tensor
 
 
 class PlainTransfers:
-    """A pair of processes, one with `sum(sizes)` bytes that it sends in buffers of `sizes` bytes. A context manager."""
+    """A process with `sum(sizes)` bytes that it sends in buffers of `sizes` bytes to others. A context manager."""
 
-    def __init__(self, sizes: Sequence[int], folder: Path) -> None:
-        """folder: where the two find each other; a new one for each pair."""
+    def __init__(self, sizes: Sequence[int], folder: Path, receivers: int = 1) -> None:
+        """folder: where they find each other; a new one for each object."""
         folder.mkdir(parents=True)
-        given = (json.dumps(list(sizes)), str(folder / "store"))
-        self._pair = [
+        given = (str(1 + receivers), json.dumps(list(sizes)), str(folder / "store"))
+        self._processes = [
             subprocess.Popen(
                 [sys.executable, "-m", __spec__.name, str(rank), *given],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            for rank in (0, 1)
+            for rank in range(1 + receivers)
         ]
 
     def __enter__(self) -> PlainTransfers:
@@ -42,18 +42,18 @@ class PlainTransfers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for process in self._pair:
+        for process in self._processes:
             assert process.stdin is not None
             process.stdin.close()  # ends their loop
             process.wait()
 
     def broadcast_s(self) -> float:
-        """Seconds until the other process has all bytes, in memory that has been written to before."""
-        return self._ask("broadcast", self._pair)[0]
+        """Seconds until the other processes have all bytes, in memory that has been written to before."""
+        return self._ask("broadcast", self._processes)[0]
 
     def copy_s(self) -> float:
         """Seconds that `tensor.copy_` takes for all bytes, into memory that has been written to before."""
-        return self._ask("copy", self._pair[:1])[0]
+        return self._ask("copy", self._processes[:1])[0]
 
     @staticmethod
     def _ask(what: str, processes: Sequence[subprocess.Popen[str]]) -> list[float]:
@@ -68,9 +68,9 @@ class PlainTransfers:
 
 
 def main() -> None:
-    """One process of the pair: RANK, SIZES as a JSON list, the store's path. Answers each line with seconds."""
-    rank, sizes = int(sys.argv[1]), json.loads(sys.argv[2])
-    dist.init_process_group("gloo", store=dist.FileStore(sys.argv[3], 2), rank=rank, world_size=2)
+    """One of the processes: RANK, RANKS, SIZES as a JSON list, the store's path. Answers each line with seconds."""
+    rank, ranks, sizes = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+    dist.init_process_group("gloo", store=dist.FileStore(sys.argv[4], ranks), rank=rank, world_size=ranks)
     buffers = list(_ones(sum(sizes)).split(sizes))  # also on the receiver: what has come is kept, as weights are
     target = _ones(sum(sizes)) if rank == 0 else None
     for line in sys.stdin:

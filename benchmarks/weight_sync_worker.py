@@ -38,6 +38,7 @@ from megatron_rpp.weight_sync.export import payload_bytes, plan_buckets
 from megatron_rpp.weight_sync.synced_engine import SyncedRolloutEngine
 
 Result = dict[str, Any]
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def speed(rank: Rank, policy: Model, repeats: int) -> Result:
     sizes = bucket_sizes(policy, rank.config)
     found: dict[str, list[Result]] = {verify: [] for verify in engines}
     plain: dict[str, list[float]] = {"broadcast": [], "copy": []}
-    with PlainTransfers(sizes, Path(rank.config.run.dir) / "plain") as transfers:
+    receivers = rank.config.rollout.num_servers * rank.config.rollout.server_tensor
+    with PlainTransfers(sizes, Path(rank.config.run.dir) / "plain", receivers) as transfers:
         for version in range(repeats + 1):
             plain["broadcast"].append(transfers.broadcast_s())
             plain["copy"].append(transfers.copy_s())
@@ -107,7 +109,12 @@ def speed(rank: Rank, policy: Model, repeats: int) -> Result:
 
 
 def memory(rank: Rank, policy: Model, repeats: int) -> Result:
-    """By how many bytes each rank's resident set rises in a sync; the largest of the repeats, by rank."""
+    """By how many bytes each rank's resident set rises in a sync; the largest of the repeats, by rank.
+
+    Memory is given back as soon as it is freed, so that what is resident is what is held: glibc would keep up to twice
+    the largest freed block below 32 MiB, now more and now less.
+    """
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
     engine = rank.engine(policy)
     peaks = [timed_sync(engine, version)["peak_bytes"] for version in range(repeats + 1)]
     return {"peak_bytes": gather_objects(max(peaks[1:])), "largest_parameter": largest_parameter(policy)}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from torch import Tensor
@@ -21,6 +21,14 @@ Scores = dict[str, Rescored]
 
 
 @dataclass(frozen=True)
+class Asked:
+    """The servers' log-probs of some rollouts, the rows of the items."""
+
+    scored: Mapping[str, Sequence[Scored]] = field(default_factory=dict)  # by URL
+    notes: tuple[str, ...] = ()  # what failed
+
+
+@dataclass(frozen=True)
 class Answer:
     """Of one replica."""
 
@@ -30,23 +38,38 @@ class Answer:
 
 
 def find_answer(
-    s: RunParts, rollouts: Sequence[Rollout], chosen: Sequence[int], worst: ExperienceBatch, at_one: Tensor
+    s: RunParts,
+    rollouts: Sequence[Rollout],
+    picked: Sequence[Rollout],
+    asked: Asked | None,
+    worst: ExperienceBatch,
+    at_one: Tensor,
 ) -> Answer:
-    """Ask the servers for their log-probs of the `chosen` of `rollouts`. Never raises: other ranks wait for it.
+    """The servers' log-probs of `picked` against the trainer's. Never raises: other ranks wait for it.
 
     Args:
-        worst: the scored rows `chosen`.
-        at_one: [len(chosen), S], the trainer's log-probs of them at temperature 1.
+        rollouts: all of this replica, of which prompt ids are compared.
+        asked: what the servers said of `picked`; None: they are asked, unless they sleep.
+        worst: the scored rows of `picked`.
+        at_one: [len(picked), S], the trainer's log-probs of them at temperature 1.
     """
-    nothing: tuple[Scores, list[str]] = ({}, [])
-    picked = [rollouts[i] for i in chosen]
-    (scores, failed), broken = _tried("not scored again", lambda: _ask_servers(s, picked, worst, at_one), nothing)
+    if asked is None:
+        asked = Asked() if s.config.rollout.release_memory else ask_servers(s, picked)
+    nothing: Scores = {}
+    scores, broken = _tried("not scored again", lambda: _scores(asked, worst, at_one), nothing)
     prompt_ids, unchecked = _tried(
         "prompt ids not compared",
-        lambda: check_prompt_ids(rollouts, chosen, s.tokenizer, chat=s.config.data.chat_template),
+        lambda: check_prompt_ids(rollouts, picked, s.tokenizer, chat=s.config.data.chat_template),
         PromptIdsCheck(),
     )
-    return Answer(scores, prompt_ids, (*failed, *broken, *unchecked))
+    return Answer(scores, prompt_ids, (*asked.notes, *broken, *unchecked))
+
+
+def ask_servers(s: RunParts, picked: Sequence[Rollout]) -> Asked:
+    """This replica's share of the servers for their log-probs of `picked`. Never raises: other ranks wait for it."""
+    nothing: tuple[dict[str, list[Scored]], list[str]] = ({}, [])
+    (scored, failed), broken = _tried("not scored again", lambda: _rescored(s, picked), nothing)
+    return Asked(scored, (*failed, *broken))
 
 
 def merged_scores(answers: Iterable[Answer]) -> Scores:
@@ -66,19 +89,18 @@ def _tried(what: str, compute: Callable[[], T], instead: T) -> tuple[T, list[str
         return instead, [f"{what}: {type(error).__name__}: {error}"]
 
 
-def _ask_servers(
-    s: RunParts, picked: Sequence[Rollout], worst: ExperienceBatch, at_one: Tensor
-) -> tuple[Scores, list[str]]:
-    """(the scores of this replica's share of the servers, a line for each that failed)."""
-    if s.config.rollout.release_memory:
-        return {}, []
-    assert worst.old_logprobs is not None
+def _rescored(s: RunParts, picked: Sequence[Rollout]) -> tuple[dict[str, list[Scored]], list[str]]:
+    """(what this replica's share of the servers said, by URL; a line for each that failed)."""
     urls = share_of(s.client.urls, s.policy.parallel.dp_rank, s.policy.parallel.dp_size)
     room = s.config.rollout.context_length
     items = [shortened(row, r.prompt.token_ids, r.response_ids, room) for row, r in enumerate(picked)]
-    scored, failed = rescore(post_json, assign(items, urls), s.config.rollout.request_deadline_s)
+    return rescore(post_json, assign(items, urls), s.config.rollout.request_deadline_s)
+
+
+def _scores(asked: Asked, worst: ExperienceBatch, at_one: Tensor) -> Scores:
+    assert worst.old_logprobs is not None
     ours, recorded = at_one.double().cpu(), (worst.old_logprobs - worst.rollout_logprobs).double().abs().cpu()
-    return {url: _compared(pairs, ours, recorded) for url, pairs in scored.items()}, failed
+    return {url: _compared(pairs, ours, recorded) for url, pairs in asked.scored.items()}
 
 
 def _compared(pairs: Sequence[Scored], at_one: Tensor, recorded: Tensor) -> Rescored:

@@ -10,15 +10,14 @@ from megatron_rpp.parity.evidence import PromptIdsCheck
 
 
 def check_prompt_ids(
-    rollouts: Sequence[Rollout], chosen: Sequence[int], tokenizer: Tokenizer, *, chat: bool
+    rollouts: Sequence[Rollout], picked: Sequence[Rollout], tokenizer: Tokenizer, *, chat: bool
 ) -> PromptIdsCheck:
-    """Prompt ids of all `rollouts`; the texts are tokenized again only of those at the positions `chosen`.
+    """Prompt ids of all `rollouts`; the texts are tokenized again only of `picked`.
 
     `chat`: prompts are a user's turn in the chat template (data.chat_template).
     """
     told = [r for r in rollouts if r.engine_prompt_ids is not None]
     wrong = [r for r in told if r.engine_prompt_ids != r.prompt.token_ids]
-    picked = [rollouts[i] for i in chosen]
     prompts = tokenizer.encode_prompts([r.prompt.asked for r in picked], chat=chat)
     responses = tokenizer.encode_many([r.text for r in picked])
     return PromptIdsCheck(

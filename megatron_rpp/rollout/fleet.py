@@ -33,6 +33,8 @@ class Server:
     tp_size: int
     device: str  # cpu | cuda
     version: int  # policy version it was last brought to; UNSYNCED: none, also after a restart
+    ep_size: int = 1  # of its experts
+    quantization: str = ""  # of its weights, such as fp8, where it says so
 
     @property
     def is_synced(self) -> bool:
@@ -97,9 +99,9 @@ class ServerFleet:
         for trouble in self._look(suspects).values():
             logger.warning("%s", trouble)
         return tuple(
-            Server(member.url, member.info.tp_size, member.info.device, member.version)
+            Server(member.url, info.tp_size, info.device, member.version, info.ep_size, info.quantization)
             for member in self._members
-            if member.info is not None
+            if (info := member.info) is not None
         )
 
     def mark(self, urls: Collection[str], version: int) -> None:
@@ -109,7 +111,7 @@ class ServerFleet:
                 member.version = version
 
     def drop(self, url: str, reason: str) -> None:
-        """A spawned server is killed and starts again after its back-off; an attached one is left out until healthy."""
+        """After a back-off a spawned server, which is killed, starts again, and an attached one is looked at again."""
         for member in self._serving():
             if member.url == url:
                 member.drop(reason)

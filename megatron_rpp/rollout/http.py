@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import requests
 
@@ -11,9 +10,17 @@ from megatron_rpp.http_failure import reply_message
 from megatron_rpp.rollout.protocol import RolloutError
 
 
-def post_json(url: str, endpoint: str, payload: dict[str, object], timeout_s: float) -> dict[str, object]:
-    """POST `payload` to url/endpoint. Raises RolloutError for anything but 200 with success."""
-    return _call("POST", url, endpoint, payload, timeout_s)
+def post_json(url: str, endpoint: str, payload: dict[str, object] | bytes, timeout_s: float) -> dict[str, object]:
+    """POST `payload`, or what `json_body` made of it, to url/endpoint.
+
+    Raises RolloutError for anything but 200 with success.
+    """
+    return _call("POST", url, endpoint, payload if isinstance(payload, bytes) else json_body(payload), timeout_s)
+
+
+def json_body(payload: dict[str, object]) -> bytes:
+    """`payload` as a request's body; one of many megabytes is better made once for all servers."""
+    return json.dumps(payload).encode()
 
 
 def get_json(url: str, endpoint: str, timeout_s: float) -> dict[str, object]:
@@ -21,12 +28,13 @@ def get_json(url: str, endpoint: str, timeout_s: float) -> dict[str, object]:
     return _call("GET", url, endpoint, None, timeout_s)
 
 
-def _call(method: str, url: str, endpoint: str, payload: Any, timeout_s: float) -> dict[str, object]:
+def _call(method: str, url: str, endpoint: str, body: bytes | None, timeout_s: float) -> dict[str, object]:
     where = f"{url.rstrip('/')}/{endpoint.strip('/')}"
     try:
         with requests.Session() as session:
             session.trust_env = False  # a proxy of the environment does not know the servers
-            response = session.request(method, where, json=payload, timeout=timeout_s)
+            headers = {} if body is None else {"Content-Type": "application/json"}
+            response = session.request(method, where, data=body, headers=headers, timeout=timeout_s)
     except requests.RequestException as error:
         raise RolloutError(f"{where}: {error}") from error
     if response.status_code != 200:

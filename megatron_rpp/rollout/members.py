@@ -65,12 +65,13 @@ class Member(ABC):
 
 
 class AttachedMember(Member):
-    """A server that somebody else runs: left out while it is not healthy."""
+    """A server that somebody else runs: left out while it is not healthy, and for a while once it was dropped."""
 
     def __init__(self, url: str, rollout: RolloutConfig, incarnation: int = 0) -> None:
         """incarnation: differs from one process at `url` to the next, where somebody tells them apart; else 0."""
         super().__init__(rollout)
         self._url, self._incarnation = url, incarnation
+        self._backoff = Backoff(rollout.restart_backoff_s)
 
     @property
     def url(self) -> str:
@@ -81,7 +82,9 @@ class AttachedMember(Member):
         return self._url, self._incarnation
 
     def look(self, *, is_suspect: bool) -> ServerInfo | str:
-        """As Member's; and one that is not well is told to sample again."""
+        """As Member's, but not during its back-off; and one that is not well is told to sample again."""
+        if self.info is None and not self._backoff.is_due:
+            return self.trouble
         seen = super().look(is_suspect=is_suspect)
         if self.info is None and isinstance(seen, str) and accepts_connections(self.url):
             # A trainer that died in a sync, or a sync that failed, may have left it paused; then it never gets well.
@@ -90,15 +93,19 @@ class AttachedMember(Member):
         return seen
 
     def drop(self, reason: str) -> None:
-        if self.info is not None:
-            logger.warning("the SGLang server at %s is left out until it is healthy: %s", self.url, reason)
+        wait_s = self._backoff.failed()
+        logger.warning("the SGLang server at %s is left out, to be tried again in %g s: %s", self.url, wait_s, reason)
         self._leave(reason)
 
     def settle(self, seen: ServerInfo | str) -> None:
         if isinstance(seen, ServerInfo):
+            if self.version != UNSYNCED:  # it was brought to a version, and is well after the step that used it
+                self._backoff.reset()
             self._serve(seen)
-        else:
-            self.drop(seen)
+            return
+        if self.info is not None:
+            logger.warning("the SGLang server at %s is left out until it is healthy: %s", self.url, seen)
+        self._leave(seen)
 
 
 class SpawnedMember(Member):

@@ -24,6 +24,8 @@ class ServerInfo:
 
     tp_size: int
     device: str  # cpu | cuda
+    ep_size: int = 1  # of its experts
+    quantization: str = ""  # of its weights, such as fp8, where it says so
 
 
 def examine(url: str, timeout_s: float) -> ServerInfo | str:
@@ -31,7 +33,12 @@ def examine(url: str, timeout_s: float) -> ServerInfo | str:
     try:
         get_json(url, "health", timeout_s)
         info = get_json(url, "server_info", min(timeout_s, _INFO_S))
-        return ServerInfo(tp_size=int(str(info["tp_size"])), device=str(info["device"]))
+        return ServerInfo(
+            tp_size=int(str(info["tp_size"])),
+            device=str(info["device"]),
+            ep_size=int(str(info.get("ep_size") or 1)),
+            quantization=str(info.get("quantization") or ""),
+        )
     except RolloutError as error:
         return str(error)
     except (KeyError, ValueError) as error:

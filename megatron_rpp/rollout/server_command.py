@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_rpp.config.allocator import for_server
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.rollout import RolloutConfig
-from megatron_rpp.device import sglang_cpu
+from megatron_rpp.device import SET_HERE, sglang_cpu
 from megatron_rpp.model.hf_io import fp8_blocks
 from megatron_rpp.parallel.interfaces import choose_interfaces
 
@@ -101,7 +101,8 @@ def server_environment(
     host: str = HOST,
     model_package: str | None = None,
 ) -> dict[str, str]:
-    """`base` without the rank in it, and as config.allocator wants it; on CPU with the stand-ins and one thread a rank.
+    """`base` without the rank in it, or what was set for ranks, and as config.allocator wants it; on CPU with the
+    stand-ins and one thread a rank.
 
     host: the address that the server listens on; trainers on other hosts reach its weight-update groups there, too.
     model_package: modules of model classes that go before SGLang's own.
@@ -109,7 +110,7 @@ def server_environment(
     env = {
         name: value
         for name, value in for_server(base, rollout).items()
-        if name not in _TRAINER_ONLY and not name.startswith(_TRAINER_ONLY_PREFIXES)
+        if name not in _TRAINER_ONLY and not name.startswith(_TRAINER_ONLY_PREFIXES) and SET_HERE.get(name) != value
     }
     env["PYTHONUNBUFFERED"] = "1"  # the log's last lines matter when the server dies
     env.setdefault("HF_HUB_OFFLINE", "1")  # the model is a local directory

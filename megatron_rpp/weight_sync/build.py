@@ -27,13 +27,19 @@ from megatron_rpp.weight_sync.transport import Transport
 
 logger = logging.getLogger(__name__)
 
+_UNVERIFIED = (
+    "weight_sync.verify=off: no checksum is compared, so that servers may sample from other weights than the "
+    "trainer's; nothing but the parity monitor would tell"
+)
 _FLOAT32_SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"  # of Transformer Engine
 
 
 def check_weight_sync(config: Config, hf: HFConfig) -> None:
     """What can be told before servers and models are there. Raises ConfigError."""
     _check_float8(config, hf)
-    if config.weight_sync.verify != "off":
+    if config.weight_sync.verify == "off":
+        logger.warning(_UNVERIFIED)
+    else:
         ServerLayout(hf)
     if "ipc" in config.weight_sync.transports and not device.has_cuda():
         raise ConfigError("weight_sync.transports=ipc needs servers on the trainer's GPUs; choose broadcast or disk")

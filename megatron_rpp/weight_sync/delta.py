@@ -23,6 +23,7 @@ from megatron_rpp.weight_sync.export import JOINED, PARTNER, partner_of
 ENDPOINT = "update_weights_from_tensor"
 STATUS_SKIP = (".",)
 """For `rollout.control.checksums`: skips every weight, so that only failures of the loader are left."""
+_NOTHING = base64.b64encode(pickle.dumps([])).decode()
 _ALIGN = 8  # bytes; delta_codec.decode wants it
 
 
@@ -56,7 +57,7 @@ class DeltaBucket:
 
     @cached_property
     def entry(self) -> str:
-        """One server rank's share of the body: base64 of pickled tensors."""
+        """What a server's first rank is sent, for all of them: base64 of pickled tensors."""
         rows = []
         places = [-(-piece.blob.numel() // _ALIGN) * _ALIGN for piece in self.pieces]
         blob, start = torch.zeros(sum(places), dtype=torch.uint8), 0
@@ -69,9 +70,10 @@ class DeltaBucket:
         manifest = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         return base64.b64encode(pickle.dumps([(MANIFEST, manifest), (BLOB, blob)])).decode()
 
-    def wire_bytes(self, tp_size: int) -> int:
-        """What goes to a server of `tp_size` ranks, but for some 200 bytes of JSON: each rank gets everything."""
-        return len(self.entry) * tp_size
+    @property
+    def wire_bytes(self) -> int:
+        """What goes to each server, but for some 200 bytes of JSON."""
+        return len(self.entry)
 
 
 class DeltaEncoder:
@@ -133,8 +135,12 @@ class DeltaEncoder:
 
 
 def payload(bucket: DeltaBucket, tp_size: int) -> dict[str, object]:
-    """Body of a POST to `ENDPOINT` of a server of `tp_size` ranks, which must be inside an update session."""
-    return {"serialized_named_tensors": [bucket.entry] * tp_size, "load_format": LOADER, "flush_cache": False}
+    """Body of a POST to `ENDPOINT` of a server of `tp_size` ranks, which must be inside an update session.
+
+    SGLang wants an entry a rank; the ranks behind the first get its tensors from it (in_server/shared_request.py).
+    """
+    entries = [bucket.entry, *[_NOTHING] * (tp_size - 1)]
+    return {"serialized_named_tensors": entries, "load_format": LOADER, "flush_cache": False}
 
 
 def forget_failures(tp_size: int) -> dict[str, object]:

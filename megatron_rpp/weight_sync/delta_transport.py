@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_rpp.experience.types import UNSYNCED
 from megatron_rpp.rollout import control
 from megatron_rpp.rollout.fleet import Server
-from megatron_rpp.rollout.http import post_json
+from megatron_rpp.rollout.http import json_body, post_json
 from megatron_rpp.rollout.in_server.delta_loader import LOADER
 from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.weight_sync.delta import (
@@ -91,9 +91,12 @@ class DeltaTransport:
         return sent
 
     def _start(self, bucket: DeltaBucket, shipment: Shipment) -> InFlight:
-        payloads = {server.url: payload(bucket, server.tp_size) for server in shipment.servers}
-        sent = sum(bucket.wire_bytes(server.tp_size) for server in shipment.servers)
-        return InFlight(", ".join(bucket.names[:3]), sent, post_all(ENDPOINT, payloads, shipment.deadline.left_s()))
+        # Written once for all servers of a size, and sent to each.
+        bodies = {size: json_body(payload(bucket, size)) for size in {server.tp_size for server in shipment.servers}}
+        replies = post_all(
+            ENDPOINT, {server.url: bodies[server.tp_size] for server in shipment.servers}, shipment.deadline.left_s()
+        )
+        return InFlight(", ".join(bucket.names[:3]), bucket.wire_bytes, replies)
 
 
 def check_loader(server: Server, deadline: Deadline) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_rpp.model.stage_export import NamedTensor
 from megatron_rpp.rollout.http import post_json
 from megatron_rpp.weight_sync.threads import in_thread
-from megatron_rpp.weight_sync.transport import Deadline, ServerFailure, Shipment
+from megatron_rpp.weight_sync.transport import RAISE_DEADLINE, Deadline, ServerFailure, Shipment
 
 
 class Sendable(Protocol):
@@ -57,7 +57,7 @@ class InFlight:
         """Until all servers have loaded it.
 
         Raises an ExceptionGroup of ServerFailures: of all that refuse, as soon as one does, or at the deadline of
-        all that were silent.
+        all that were silent. Where every server has replied by then, TimeoutError.
         """
         self._wait_until(self._is_done, deadline)
         for work in self._works:
@@ -67,9 +67,9 @@ class InFlight:
         while not is_reached():
             self._raise_refusals()
             if deadline.is_over():
-                silent = [url for url, reply in self._replies.items() if not reply.done()] or list(self._replies)
-                message = f"{self._what} was not taken within {deadline.seconds:g} s"
-                raise ExceptionGroup("servers are silent", [ServerFailure(url, message) for url in silent])
+                message = f"{self._what} was not taken within {deadline.seconds:g} s; {RAISE_DEADLINE}"
+                silent = [ServerFailure(url, message) for url, reply in self._replies.items() if not reply.done()]
+                raise ExceptionGroup("servers are silent", silent) if silent else TimeoutError(message)
             time.sleep(_POLL_S)
         self._raise_refusals()
 
@@ -87,7 +87,7 @@ class InFlight:
 
 
 def post_all(
-    endpoint: str, payloads: Mapping[str, dict[str, object]], timeout_s: float
+    endpoint: str, payloads: Mapping[str, dict[str, object] | bytes], timeout_s: float
 ) -> dict[str, Future[dict[str, object]]]:
     """Post to many servers at once: the replies to come, by URL. payloads: by URL."""
     return {url: in_thread(post_json, url, endpoint, body, timeout_s) for url, body in payloads.items()}
@@ -118,6 +118,8 @@ def _send(buckets: Iterator[B], start: Callable[[B], InFlight], deadline: Deadli
     for bucket in buckets:
         if last is not None:
             last.wait_taken(deadline)
+        if deadline.is_over():
+            _blame_for_delay(last, deadline)
         current, may_overlap = start(bucket), bucket.may_overlap
         sent += current.nbytes
         del bucket
@@ -130,3 +132,10 @@ def _send(buckets: Iterator[B], start: Callable[[B], InFlight], deadline: Deadli
     if last is not None:
         last.wait(deadline)
     return sent
+
+
+def _blame_for_delay(last: InFlight | None, deadline: Deadline) -> None:
+    """The deadline has passed before a bucket could be sent: servers that owe a reply are to blame, or the trainer."""
+    if last is not None:
+        last.wait(deadline)
+    raise TimeoutError(f"gathering the weights took longer than {deadline.seconds:g} s; {RAISE_DEADLINE}")

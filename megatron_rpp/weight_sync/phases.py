@@ -16,7 +16,14 @@ from megatron_rpp.parallel.exchange import Exchange, OutOfStep
 from megatron_rpp.rollout.fleet import Server
 from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.weight_sync.threads import in_thread
-from megatron_rpp.weight_sync.transport import Deadline, Failure, OutOfStepError, ServerFailure, WeightSyncError
+from megatron_rpp.weight_sync.transport import (
+    RAISE_DEADLINE,
+    Deadline,
+    Failure,
+    OutOfStepError,
+    ServerFailure,
+    WeightSyncError,
+)
 
 T = TypeVar("T")
 _NUMBERS = count()  # all ranks make their Phases in the same order
@@ -67,7 +74,7 @@ class Phases:
         try:
             return self._exchange.gather(f"phase {deadline.phase}", value, deadline.left_s() + deadline.seconds / 2 + 2)
         except OutOfStep as error:
-            hint = "; if it only needs longer, raise weight_sync.deadline_s" if dist.get_rank() == 0 else ""
+            hint = f"; {RAISE_DEADLINE}" if dist.get_rank() == 0 else ""
             raise OutOfStepError(f"{error}{hint}") from error
 
     def gather_shards(self, deadline: Deadline, shard: Tensor, group: ProcessGroup) -> list[Tensor]:

@@ -21,9 +21,11 @@ from megatron_rpp.rollout.fleet import Server
 from megatron_rpp.rollout.http import post_json
 from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.weight_sync.threads import in_thread
-from megatron_rpp.weight_sync.transport import Deadline, ServerFailure
+from megatron_rpp.weight_sync.transport import RAISE_DEADLINE, Deadline, ServerFailure
 
 _LEAVE_S = 5.0
+_ON_ITS_WAY_S = 3.0
+"""How long a request to join may take to reach a server's ranks: without a store they would look for it for long."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,14 @@ class ServerGroup:
     urls: tuple[str, ...]
     name: str
     group: ProcessGroup
+    store: dist.Store  # its other ranks' way to each other, as long as this object lives
 
     @classmethod
     def join(cls, servers: Sequence[Server], stage: int, deadline: Deadline) -> ServerGroup:
-        """Make the group with every server. Raises ServerFailures, one or a group, where they do not join in time."""
+        """Make the group with every server. Raises ServerFailures, one or a group, where they do not join in time.
+
+        Then the others, which would wait for the missing for half an hour, are freed at once by the store's end.
+        """
         name = f"rpp-stage{stage}-{time.time_ns()}"  # a torn-down group's name is never used again
         world_size = 1 + sum(server.tp_size for server in servers)
         timeout_s, hosts = deadline.left_s(), [address_seen_by(server.url) for server in servers]
@@ -50,9 +56,15 @@ class ServerGroup:
             server.url: in_thread(_join_server, server.url, (host, store.port, offset, world_size, name), deadline)
             for server, host, offset in zip(servers, hosts, offsets, strict=False)
         }
-        own = in_thread(_join_as_sender, store, world_size, name, timeout_s)
-        _raise_refusal(joins, deadline)  # then this rank's own join is left to its timeout
-        return cls(tuple(server.url for server in servers), name, own.result())
+        # This rank's own join has a connection of its own, so that the store's end frees it, too.
+        own = in_thread(_join_as_sender, (hosts[0], store.port), world_size, name, timeout_s)
+        try:
+            _raise_refusal(joins, deadline)
+            return cls(tuple(server.url for server in servers), name, own.result(), store)
+        except BaseException:
+            in_thread(_end_joins, store)
+            del store  # from this frame, which the error holds on to
+            raise
 
     def is_of(self, servers: Sequence[Server]) -> bool:
         """Whether it joins just these, and none that has been started again since."""
@@ -95,7 +107,7 @@ def _join_server(url: str, place: tuple[str, int, int, int, str], deadline: Dead
 def _raise_refusal(joins: dict[str, Future[None]], deadline: Deadline) -> None:
     """Wait until all have joined; an error of one ends the wait. Raises an ExceptionGroup of ServerFailures."""
     wait(joins.values(), deadline.left_s(), "FIRST_EXCEPTION")
-    late = f"did not join the weight-update group within {deadline.seconds:g} s"
+    late = f"did not join the weight-update group within {deadline.seconds:g} s; {RAISE_DEADLINE}"
     errors = {url: join.exception() if join.done() else None for url, join in joins.items()}
     failures = [
         ServerFailure(url, f"joining the weight-update group: {e}") for url, e in errors.items() if e is not None
@@ -105,11 +117,18 @@ def _raise_refusal(joins: dict[str, Future[None]], deadline: Deadline) -> None:
         raise ExceptionGroup("servers did not join", failures)
 
 
-def _join_as_sender(store: dist.Store, world_size: int, name: str, timeout_s: float) -> ProcessGroup:
+def _end_joins(store: dist.Store) -> None:
+    """Keep the store for those who are about to connect; whoever then waits in it sees it end with the last hold."""
+    time.sleep(_ON_ITS_WAY_S)
+
+
+def _join_as_sender(place: tuple[str, int], world_size: int, name: str, timeout_s: float) -> ProcessGroup:
     # SGLang's init_custom_process_group makes its side with this private torch function; only the same
     # one gives the same key prefixes in the store. It is the way to a group outside the trainer's world.
     from torch.distributed.distributed_c10d import _new_process_group_helper, _world
 
+    timeout = timedelta(seconds=timeout_s)
+    store = dist.TCPStore(*place, world_size, is_master=False, wait_for_workers=False, timeout=timeout)
     group, _ = _new_process_group_helper(
         world_size,
         0,

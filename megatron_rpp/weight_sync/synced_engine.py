@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -24,6 +24,7 @@ from megatron_rpp.rollout.recorded import RecordedClient
 from megatron_rpp.rollout.sampler import Flight
 from megatron_rpp.rollout.sglang_client import SGLangClient
 from megatron_rpp.weight_sync.phases import Phases
+from megatron_rpp.weight_sync.server_checks import check_servers
 from megatron_rpp.weight_sync.shared_fleet import SharedFleet
 from megatron_rpp.weight_sync.transaction import SyncReport, Transaction
 from megatron_rpp.weight_sync.transport import OutOfStepError, Transport, WeightSyncError
@@ -38,8 +39,8 @@ class SyncedRolloutEngine:
     """Sampling and weight sync for the whole job. Every method is a collective over all ranks.
 
     Servers may die, be started again, join and leave: what serves has been brought to `policy_version` and
-    verified. A failed sync is tried on the next transport; after `rollout.max_retries` the error is raised
-    on every rank.
+    verified. A failed sync is tried on the next transport, the last time without the servers that every try has
+    named, if there are others; after `rollout.max_retries` the error is raised on every rank.
     """
 
     def __init__(
@@ -65,8 +66,13 @@ class SyncedRolloutEngine:
         self.last_sync: SyncReport | None = None
 
     def wait_ready(self) -> None:
-        """Wait until every server answers. Raises RolloutError on every rank where one does not."""
+        """Wait until every server answers. Raises RolloutError on every rank where one does not.
+
+        Raises ConfigError where one holds its weights so that no sync could verify them.
+        """
         self._fleet.wait_ready()
+        if self._config.verify != "off":
+            check_servers(self._fleet.known, self._dtype)
 
     def generate(
         self,
@@ -115,7 +121,9 @@ class SyncedRolloutEngine:
         """
         self.policy_version = policy_version  # of the weights from here on, whatever becomes of the servers
         self._client.urls = ()
-        self._bring(self._fleet.servers(), policy_version)
+        servers = self._fleet.servers()
+        # Newcomers are brought alone, before the next sampling: one that cannot be must not fail the others' sync.
+        self._bring([server for server in servers if server.is_synced] or servers, policy_version)
         self._serve()
 
     @property
@@ -181,6 +189,7 @@ class SyncedRolloutEngine:
     def _bring(self, servers: Sequence[Server], version: int) -> None:
         """Sync `servers`, or those of them that are still there, to `version`."""
         error: WeightSyncError | None = None
+        always = {server.url for server in servers}  # whom every error has named
         for number in range(self._rollout.max_retries + 1):
             transport = self._transports[min(number, len(self._transports) - 1)]
             try:
@@ -193,7 +202,10 @@ class SyncedRolloutEngine:
                 error = caught
                 logger.warning("weight sync to version %d by %s failed: %s", version, transport.name, error)
                 self._fleet.suspect(error.servers)
+                always &= error.servers
                 servers = self._still_wanted(servers, version)
+                if number + 1 == self._rollout.max_retries:
+                    servers = self._without(always, servers, version, str(error))
                 if not servers:
                     return
         raise WeightSyncError(f"policy version {version}: {error}", error.failures if error else ()) from error
@@ -206,6 +218,14 @@ class SyncedRolloutEngine:
         if left or any(server.version == version for server in alive):
             return left
         return list(alive)
+
+    def _without(self, urls: Set[str], servers: Sequence[Server], version: int, reason: str) -> list[Server]:
+        """`servers` without those at `urls`, which are dropped where others are left, or serve `version`."""
+        left = [server for server in servers if server.url not in urls]
+        if not left and not any(server.version == version for server in self._fleet.known):
+            return list(servers)
+        self._fleet.drop([server for server in servers if server.url in urls], f"no try has brought it: {reason}")
+        return left
 
     def _transaction(
         self, servers: Sequence[Server], version: int, transport: Transport, *, is_first: bool

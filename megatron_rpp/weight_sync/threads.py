@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from threading import Thread
@@ -18,7 +19,9 @@ def in_thread(call: Callable[..., T], *args: Any) -> Future[T]:
         try:
             future.set_result(call(*args))
         except BaseException as error:
-            future.set_exception(error)
+            # Its frames hold the future, and with it all that they know: neither would go before a full collection.
+            error.add_note("".join(traceback.format_tb(error.__traceback__)))
+            future.set_exception(error.with_traceback(None))
 
     Thread(target=run, daemon=True).start()
     return future

@@ -12,6 +12,8 @@ from megatron_rpp.model.stage_export import StageExport
 from megatron_rpp.parallel.collectives import Gather
 from megatron_rpp.rollout.fleet import Server
 
+RAISE_DEADLINE = "if it only needs longer, raise weight_sync.deadline_s"
+
 
 @dataclass(frozen=True)
 class Failure:

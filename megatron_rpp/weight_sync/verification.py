@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch.distributed as dist
@@ -16,7 +16,8 @@ from megatron_rpp.rollout.in_server.delta_loader import FAILED
 from megatron_rpp.weight_sync.checksum_report import differences, sampled_out
 from megatron_rpp.weight_sync.checksums import Digests, ExpectedChecksums, merge
 from megatron_rpp.weight_sync.phases import Phases, for_each_server
-from megatron_rpp.weight_sync.transport import Deadline, ServerFailure
+from megatron_rpp.weight_sync.server_checks import why_unverifiable
+from megatron_rpp.weight_sync.transport import Deadline, Failure, ServerFailure, WeightSyncError
 
 _SHOWN = 5
 
@@ -25,43 +26,52 @@ class Verification:
     """Of one attempt. `add` sees every tensor of this rank's stage on its sender; then all ranks `run` it."""
 
     def __init__(self, hf: HFConfig, servers: Sequence[Server], version: int, config: WeightSyncConfig) -> None:
+        """Raises WeightSyncError, on all ranks alike, with the servers that cannot be verified."""
         self._servers = tuple(servers)
         self.skip = _skipped(hf, version, config)
-        self._own = None if config.verify == "off" else _expected(hf, servers, self.skip)
+        # By the servers' device, as they hash differently; empty: nothing is verified.
+        self._own = {} if config.verify == "off" else _expected(hf, servers, self.skip)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """A whole tensor as it is sent."""
-        if self._own is not None:
-            self._own.add(name, tensor)
+        for own in self._own.values():
+            own.add(name, tensor)
 
     def run(self, phases: Phases, *, is_leader: bool) -> None:
         """Compare. Raises WeightSyncError on every rank, with the tensors that differ.
 
         is_leader: whether this rank has seen its stage's tensors (ParallelContext.is_stage_leader).
         """
-        if (own := self._own) is None:
+        if not self._own:
             return
         deadline = phases.deadline("verify")
-        stages = phases.run(deadline, (lambda _: own.result()) if is_leader else None)
-        expected = merge(stage for stage in stages if stage is not None)
+        stages = phases.run(deadline, (lambda _: self._result()) if is_leader else None)
+        told = [stage for stage in stages if stage is not None]
+        expected = {each: merge(stage[each] for stage in told) for each in self._own}
         check = partial(_check, expected, self.skip)
         each = partial(for_each_server, self._servers, check)
         phases.run(deadline, each if dist.get_rank() == 0 else None)
 
+    def _result(self) -> dict[str, Digests]:
+        return {each: own.result() for each, own in self._own.items()}
 
-def _check(expected: Digests, skip: Sequence[str], server: Server, deadline: Deadline) -> None:
+
+def _check(expected: Mapping[str, Digests], skip: Sequence[str], server: Server, deadline: Deadline) -> None:
     """Raises ServerFailure naming the tensors of `server` that are not as expected."""
     reported = control.checksums(server.url, skip, deadline.left_s())
-    if found := differences(expected[server.tp_size], reported, skip):
+    if found := differences(expected[server.device][server.tp_size], reported, skip):
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise ServerFailure(server.url, f"{'; '.join(found[:_SHOWN])}{more}", tensors=found)
 
 
-def _expected(hf: HFConfig, servers: Sequence[Server], skip: Sequence[str]) -> ExpectedChecksums:
-    devices = {server.device for server in servers}
-    if len(devices) > 1:
-        raise ValueError(f"servers on {' and '.join(sorted(devices))} hash differently; set weight_sync.verify=off")
-    return ExpectedChecksums(hf, {server.tp_size for server in servers}, device=devices.pop(), skip=skip)
+def _expected(hf: HFConfig, servers: Sequence[Server], skip: Sequence[str]) -> dict[str, ExpectedChecksums]:
+    failures = [Failure("begin", 0, reason, server.url) for server in servers if (reason := why_unverifiable(server))]
+    if failures:
+        raise WeightSyncError("; ".join(map(str, failures)), failures)
+    sizes: dict[str, set[int]] = {}
+    for server in servers:
+        sizes.setdefault(server.device, set()).add(server.tp_size)
+    return {each: ExpectedChecksums(hf, tp_sizes, device=each, skip=skip) for each, tp_sizes in sizes.items()}
 
 
 def _skipped(hf: HFConfig, version: int, config: WeightSyncConfig) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from megatron_rpp.config.schema import ParallelConfig
 from megatron_rpp.model.hf_io.fp8_blocks import SCALE_SUFFIX, is_quantized, quantize
 from tests.integration.sync_worker import Job
 from tests.support.tiny_models import MODELS, QWEN3_MOE, SHAPE
-from tests.support.weight_syncs import launch, tensors_of, write_weights
+from tests.support.weight_syncs import change_a_tenth, launch, tensors_of, write_weights
 
 Tensors = dict[str, Tensor]
 
@@ -62,6 +62,9 @@ BFLOAT16 = [("deepseek_v3", "tp2_sp_pp2_ep2"), ("deepseek_v3", "dp4_ep2")]
 FLOAT8 = [("several_blocks", "dp4"), ("several_blocks", "tp2_sp_dp2_ep2"), ("several_blocks", "dp4_ep2_etp2")]
 
 
+OTHERWISE = [("qwen3_moe", "tp2_sp_dp2_ep2", "disk"), ("qwen3_moe", "tp2_sp_pp2_ep2", "delta")]
+
+
 @pytest.fixture(scope="module")
 def synced(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str], Sync]:
     """By family, layout and dtype; every sync has weights of its own."""
@@ -80,23 +83,32 @@ def synced(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str
             verify = "off" if dtype == "float8" else "full"
             sync = {"transports": ["broadcast"], "dtype": dtype, "verify": verify}
             jobs.append(Job(f"{family}-{name}-{dtype}", LAYOUTS[name], (url,), (path,), sync))
+        for seed, (family, name, transport) in enumerate(OTHERWISE):
+            paths = [write_weights(makers[family], 100 + seed, out / f"{transport}-0")]
+            if transport == "delta":
+                paths.append(change_a_tenth(paths[0], out / f"{transport}-1"))
+            sync = {"transports": [transport], "dtype": "float32", "disk_path": str(out / "by-disk")}
+            jobs.append(Job(f"{family}-{name}-{transport}", LAYOUTS[name], (url,), tuple(paths), sync))
         launch(jobs, out)
-        for number, (job, case) in enumerate(zip(jobs, cases, strict=True)):
-            arrived = torch.load(out / f"{number}.pt")
-            found[case] = Sync(tensors_of(job.paths[0]), arrived["tensors"], arrived["bucket_sizes"])
+        finished = iter(sorted(out.glob("*.pt"), key=lambda path: int(path.stem)))
+        for job, case in zip(jobs, [*cases, *OTHERWISE], strict=True):
+            for path in job.paths:  # the last one's stays
+                arrived = torch.load(next(finished))
+                found[case] = Sync(tensors_of(path), arrived["tensors"], arrived["bucket_sizes"])
+        assert next(finished, None) is None
     return found
 
 
 @contextmanager
-def receiver(out: Path) -> Iterator[str]:
-    """The URL of a running receiver, which numbers what it gets from 0."""
-    argv = [sys.executable, "-m", "tests.support.receiver", str(out)]
-    with (out / "receiver.log").open("wb") as log:
+def receiver(out: Path, module: str = "receiver") -> Iterator[str]:
+    """The URL of a running receiver, which numbers what it gets from 0. module: of tests/support."""
+    argv = [sys.executable, "-m", f"tests.support.{module}", str(out)]
+    with (out / f"{module}.log").open("wb") as log:
         process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
-        assert url, f"the receiver has not started; see {out}/receiver.log"
+        assert url, f"the receiver has not started; see {out}/{module}.log"
         yield url
     finally:
         process.kill()
@@ -118,6 +130,16 @@ def test_tensors_of_experts_arrive_bit_for_bit(
     sync = synced[family, layout, "float32"]
     assert any(".experts.3." in name for name in sync.source)
     assert_same(sync.arrived, sync.source)
+
+
+@pytest.mark.parametrize(("family", "layout", "transport"), OTHERWISE)
+def test_experts_arrive_by_other_transports_too(
+    family: str, layout: str, transport: str, synced: dict[tuple[str, str, str], Sync]
+) -> None:
+    sync = synced[family, layout, transport]
+    assert any(".experts.3." in name for name in sync.source)
+    assert_same(sync.arrived, sync.source)
+    assert sync.bucket_sizes == [], "it came by broadcast"
 
 
 @pytest.mark.parametrize(("family", "layout"), BFLOAT16)

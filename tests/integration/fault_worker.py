@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import random
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,13 +26,16 @@ from megatron_rpp.rollout import control
 from megatron_rpp.rollout.http import get_json
 from megatron_rpp.session import Session, open_session
 from megatron_rpp.train import train_on_one_batch
-from megatron_rpp.weight_sync import phases
+from megatron_rpp.weight_sync import phases, server_group
 from megatron_rpp.weight_sync.broadcast import BroadcastTransport
 from megatron_rpp.weight_sync.build import build_transport
 from megatron_rpp.weight_sync.checksums import ExpectedChecksums
 from megatron_rpp.weight_sync.ipc import IpcTransport
 from megatron_rpp.weight_sync.server_group import ServerGroup
+from megatron_rpp.weight_sync.transaction import Transaction
 from megatron_rpp.weight_sync.transport import Transport, WeightSyncError
+from tests.integration.killer import STEPS_BETWEEN, Killer
+from tests.support.warned import warnings_of
 
 BUCKET_BYTES = 16_384  # several buckets even of the tiny model
 
@@ -56,17 +56,6 @@ def main() -> None:
             results[-1] |= {"warnings": warnings, "pids": server_pids(), "run_dir": config.run.dir}
             if session.parallel.rank == 0:
                 (out / "result.json").write_text(json.dumps(results))
-
-
-@contextmanager
-def warnings_of(logger: str) -> Iterator[list[str]]:
-    """What the product warns of meanwhile."""
-    texts: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger(logger).addHandler(handler)
-    yield texts
-    logging.getLogger(logger).removeHandler(handler)
 
 
 def attempt(session: Session) -> dict[str, Any]:
@@ -150,8 +139,15 @@ def by_ipc(session: Session, config: Config) -> dict[str, Any]:
 
 
 def killed_before(session: Session, config: Config) -> dict[str, Any]:
-    kill(session)()
-    return attempt(session)
+    """After the look at who lives, before the sync's first request."""
+    with before(Transaction, "_arrive", kill(session)):
+        return attempt(session)
+
+
+def killed_at_join(session: Session, config: Config) -> dict[str, Any]:
+    """In an update session, while the other server joins a group that it belongs to."""
+    with before(server_group, "_join_server", kill(session)):
+        return attempt(session)
 
 
 def killed_during(session: Session, config: Config) -> dict[str, Any]:
@@ -193,13 +189,23 @@ def other_version(session: Session, config: Config) -> dict[str, Any]:
     return {"version": session.rollout_engine.policy_version, "sampled_then": then, **state(session)}
 
 
+def skewed(session: Session, config: Config) -> dict[str, Any]:
+    """Someone else names another version on a server; then it is synced."""
+    control.set_version(session.rollout_engine._serving()[0].url, "77", 30)
+    return attempt(session)
+
+
 def rejoined(session: Session, config: Config) -> dict[str, Any]:
     """All servers that died come back, are synced, and serve."""
+    until_all_serve(session, config)
+    return {"version": session.rollout_engine.policy_version, **state(session)}
+
+
+def until_all_serve(session: Session, config: Config) -> None:
     end = time.monotonic() + 200
     while len(session.rollout_engine._serving()) < config.rollout.num_servers and time.monotonic() < end:
         session.rollout_engine._admit_newcomers()
         time.sleep(0.5)
-    return {"version": session.rollout_engine.policy_version, **state(session)}
 
 
 def disk_full_then_broadcast(session: Session, config: Config) -> dict[str, Any]:
@@ -214,35 +220,17 @@ def disk_full_only(session: Session, config: Config) -> dict[str, Any]:
 
 
 def thirty_steps(session: Session, config: Config) -> dict[str, Any]:
-    """Train while servers die at seeded random moments: longer where few have died, since starts take their time."""
+    """Train while one of two servers dies at seeded random moments, and comes back, four times or more."""
     first = session.rollout_engine.policy_version
     killer = Killer(session, seed=7)
-    killer.start()
     for step in range(first, first + 90):
-        train_on_one_batch(session, step)
-        if step - first >= 29 and len(killer.killed) >= 3:
+        if killer.wants_both and step - first >= STEPS_BETWEEN * len(killer.kills):
+            until_all_serve(session, config)
+        with killer.at(step):
+            train_on_one_batch(session, step)
+        if step - first >= 29 and killer.is_content:
             break
-    killer.is_done.set()
-    killer.join()
-    return {"first": first, "killed": killer.killed, "version": session.rollout_engine.policy_version}
-
-
-class Killer(threading.Thread):
-    """Every few seconds kills a server: one of two that serve, or the one that is just starting."""
-
-    def __init__(self, session: Session, seed: int) -> None:
-        super().__init__(daemon=True)
-        self._session, self._random = session, random.Random(seed)
-        self.killed: list[int] = []
-        self.is_done = threading.Event()
-
-    def run(self) -> None:
-        while not self.is_done.wait(self._random.uniform(1.0, 6.0)):
-            serving = [pid_of(self._session, i) for i in range(len(self._session.rollout_engine._serving()))]
-            victims = serving if len(serving) == 2 else set(server_pids()) - set(serving)
-            if serving and victims:
-                self.killed.append(self._random.choice(sorted(victims)))
-                os.killpg(self.killed[-1], signal.SIGKILL)
+    return {"first": first, "kills": killer.report(), "version": session.rollout_engine.policy_version}
 
 
 def full_disk(config: Config) -> Transport:
@@ -286,10 +274,12 @@ SCENARIOS: dict[str, Callable[[Session, Config], dict[str, Any]]] = {
         undisturbed,
         by_ipc,
         killed_before,
+        killed_at_join,
         killed_during,
         killed_after,
         stopped_during,
         corrupted,
+        skewed,
         other_version,
         rejoined,
         disk_full_then_broadcast,

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -54,14 +53,11 @@ class FatalTimers(Timers):
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        self.enter(name)
-        with super().__call__(name):
-            yield
-
-    def enter(self, name: str) -> None:
         self._left -= name == self._phase
         if name == self._phase and self._left == 0:
             threading.Timer(self._delay_s, die).start()
+        with super().__call__(name):
+            yield
 
 
 def die() -> None:
@@ -73,14 +69,7 @@ def run(config: Config, resume: session.Resume, doom: Doom | None = None) -> Non
     setup_logging(config.run.dir, rank := int(os.environ["RANK"]))
     if doom is not None and doom[0] == rank:
         timers = FatalTimers(*doom[1:])
-        real = session.Session.save
-
-        def save(*arguments: Any, **options: Any) -> None:
-            timers.enter("save")
-            real(*arguments, **options)
-
         session.Timers = lambda: timers  # type: ignore[assignment,misc]
-        session.Session.save = save  # type: ignore[method-assign]
     train.run(config, resume=resume)
 
 

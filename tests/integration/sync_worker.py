@@ -23,6 +23,7 @@ from megatron_rpp.parallel.context import ParallelContext
 from megatron_rpp.parallel.rank_process import exit_on_sigterm
 from megatron_rpp.rollout import control
 from megatron_rpp.rollout.fleet import ServerFleet
+from megatron_rpp.rollout.http import get_json
 from megatron_rpp.rollout.sglang_client import SGLangClient
 from megatron_rpp.weight_sync.build import build_engine
 from megatron_rpp.weight_sync.synced_engine import SyncedRolloutEngine
@@ -95,7 +96,8 @@ def note(job: Job, version: int, policy: Model, engine: SyncedRolloutEngine, out
     if policy.parallel.rank == 0:
         assert engine.last_sync is not None
         checksums = {url: [r["checksums"] for r in control.checksums(url, (), DEADLINE_S)] for url in job.urls}
-        report = {"checksums": checksums, "differing": differing, **asdict(engine.last_sync)}
+        paths = {url: get_json(url, "model_info", DEADLINE_S).get("model_path") for url in job.urls}
+        report = {"checksums": checksums, "differing": differing, "model_paths": paths, **asdict(engine.last_sync)}
         (out / f"{job.name}-{version}.json").write_text(json.dumps(report))
 
 

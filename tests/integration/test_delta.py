@@ -86,7 +86,7 @@ class Live:
         """(bytes on the wire, failures) of one sync."""
         buckets = list(self.encoder.encode(self.trainer.weights().items(), BUCKET_BYTES))
         self.post(*(delta.payload(bucket, self.tp_size) for bucket in buckets))
-        return sum(bucket.wire_bytes(self.tp_size) for bucket in buckets), self.failures()
+        return sum(bucket.wire_bytes for bucket in buckets), self.failures()
 
     def post(self, *bodies: dict[str, object]) -> None:
         control.begin_update(self.url, DEADLINE_S)
@@ -119,7 +119,7 @@ def test_deltas_leave_the_server_as_a_full_load_would(live: Live) -> None:
         live.trainer.step()
         sent, failed = live.delta()
         assert failed == []
-        share = sent / live.tp_size / live.full_bytes()
+        share = sent / live.full_bytes()
         after = live.checksums()
         assert after != before, "no value has changed, so the delta proves nothing"
         before = after
@@ -144,9 +144,22 @@ def test_everything_is_sent_after_a_failure_and_repairs_a_half_sent_sync(live: L
     live.encoder.forget()
     live.trainer.step(lr=1e-4)
     sent, failed = live.delta()
-    assert failed == [] and sent > live.full_bytes() * live.tp_size
+    assert failed == [] and sent > live.full_bytes()
     after = live.checksums()
     assert live.full_load() == after
+
+
+def test_what_is_no_delta_is_told_by_every_rank_and_none_waits_for_another(live: Live) -> None:
+    before = live.full_load()
+    (bucket,) = DeltaEncoder().encode([("model.norm.weight", torch.zeros(128, dtype=live.trainer.dtype))], BUCKET_BYTES)
+    body = delta.payload(bucket, live.tp_size)
+    entries = body["serialized_named_tensors"]
+    assert isinstance(entries, list)
+    live.post({**body, "serialized_named_tensors": entries[::-1]})  # the first rank gets nothing
+    told = live.failures()
+    assert len(told) == live.tp_size and all("DeltaError: a delta is made of" in text for text in told)
+    live.post(delta.forget_failures(live.tp_size))
+    assert live.failures() == [] and live.checksums() == before
 
 
 def test_a_change_that_does_not_fit_is_told_and_the_server_lives(live: Live) -> None:

@@ -36,7 +36,7 @@ checkpoint = {{ interval = 2, keep = 2 }}
 [data]
 sources.many = {{ kind = "jsonl", path = "{root}/problems.jsonl", size = 30, weight = 2 }}
 sources.few = {{ kind = "parquet", path = "{root}/few.parquet", weight = 1 }}
-eval = {{ kind = "jsonl", path = "{root}/eval.jsonl" }}
+evals.sums = {{ kind = "jsonl", path = "{root}/eval.jsonl" }}
 evals.more = {{ kind = "jsonl", path = "{root}/more.jsonl" }}
 """
 
@@ -93,7 +93,7 @@ def test_run_killed_ten_times_equals_the_undisturbed_one(root: Path, config: Pat
     assert [step["step"] for step in expected] == list(range(STEPS))
     assert len({step["kl/coef"] for step in expected}) > 2 and expected[-1]["eval/policy_version"] == STEPS
     assert {"reward/many/mean", "reward/few/mean"} <= expected[0].keys(), "each source has a share of each step"
-    assert {"eval/accuracy", "eval/pass@2", "eval/more/accuracy", "eval/more/maj@2"} <= expected[-1].keys()
+    assert {"eval/sums/accuracy", "eval/sums/pass@2", "eval/more/accuracy", "eval/more/maj@2"} <= expected[-1].keys()
     for one, other in zip(without_timings(again), expected, strict=True):
         assert one == other, f"step {other['step']}"
     last = f"checkpoints/step-{STEPS:06d}"

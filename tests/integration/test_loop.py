@@ -20,7 +20,7 @@ from megatron_rpp.observability.writers import read_metrics
 from megatron_rpp.parallel.local_launch import launch_local
 
 METRICS = {
-    "step", "policy_version", "reward/mean", "reward/std", "eval/accuracy", "response/length_mean",
+    "step", "policy_version", "reward/mean", "reward/std", "eval/sums/accuracy", "response/length_mean",
     "response/truncated_fraction", "kl/mean", "advantage/mean", "advantage/std", "loss/policy", "loss/total",
     "ratio/mean", "clip/fraction", "entropy/mean", "grad_norm", "lr", "mismatch/logprob_abs_mean",
     "time/rollout", "time/score", "time/train", "time/sync", "time/step", "tokens_per_second",
@@ -48,7 +48,7 @@ eval = {{ num_prompts = 6 }}
 checkpoint = {{ interval = 1, keep = 1 }}
 [data]
 train = {{ kind = "jsonl", path = "{problems}", size = 40 }}
-eval = {{ kind = "jsonl", path = "{problems.with_name("eval.jsonl")}" }}
+evals.sums = {{ kind = "jsonl", path = "{problems.with_name("eval.jsonl")}" }}
 """
     )
 
@@ -142,7 +142,7 @@ def test_packed_sequences_train_on_context_parallel_ranks_of_two_replicas(tiny_m
     layout = ["--parallel.pipeline=1", "--parallel.context=2", "--parallel.data=2", "--train.micro_batch_tokens=96"]
     # A random model earns nothing; the entropy bonus moves it.
     more = ["--rollout.max_response_tokens=8", "--eval.interval=0", "--algorithm.entropy_coef=0.1"]
-    more += ["--profile.steps=1", "--profile.ranks=0,3", "--memory.recompute=full"]
+    more += ["--profile.steps=1", "--profile.ranks=0,3", "--memory.recompute=full", "--schedule.over_sampling=1.2"]
     more += ["--optimizer.overlap_grad_reduce=true", "--optimizer.overlap_param_gather=true"]
     command = [sys.executable, "-m", "megatron_rpp.cli", "train", str(tmp_path / "run.toml"), *layout, *more]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
@@ -154,12 +154,13 @@ def test_packed_sequences_train_on_context_parallel_ranks_of_two_replicas(tiny_m
         assert 0 <= step["train/dp_imbalance"] < 0.05 and step["train/padding_waste"] < 0.3
         groups = Counter(r["prompt_id"] for replica in (0, 1) for r in read_rollouts(tmp_path / "run", number, replica))
         assert len(groups) == 20 and set(groups.values()) == {8}
+        assert step["rollout/groups"] == 20 <= step["rollout/drawn"] == 20 + step["rollout/deferred"]
     assert len(steps) == 2 and abs(steps[1]["kl/mean"]) > 1e-4, "the policy has not moved"
     traces = sorted((tmp_path / "run" / "profile").iterdir())
     assert [path.name for path in traces] == ["step-1-rank-0.json.gz", "step-1-rank-3.json.gz"]
     with gzip.open(traces[0]) as file:
         named = {event.get("name") for event in json.load(file)["traceEvents"]}
-    assert named >= {"rollout", "reward", "balance", "score", "train", "sync"}
+    assert named >= {"rollout", "reward", "balance", "score", "train", "sync", "save"}
 
 
 def read_rollouts(run_dir: Path, step: int, replica: int = 0) -> list[dict[str, Any]]:

@@ -164,6 +164,32 @@ def test_one_stale_tensor_is_named(trainer: Trainer, sglang_server: SGLangServer
     assert checked(trainer, [sglang_server.url]).diagnosis is None, "the next sync did not put it right"
 
 
+@pytest.mark.parametrize("fault", ["stale", "rope"])
+def test_servers_that_sleep_while_the_trainer_computes_are_asked_at_the_next_step(
+    fault: str, trainer: Trainer, sglang_server: SGLangServer, wrong_rope_server: SGLangServer
+) -> None:
+    """With rollout.release_memory. What is known before is no proof: a scaled norm looks like a temperature."""
+    url = (sglang_server if fault == "stale" else wrong_rope_server).url
+    rollout = replace(ROLLOUT, urls=(url,), release_memory=True)
+    config = replace(trainer.config, rollout=rollout)
+    with synced(config, trainer) as parts:
+        found, monitor = [], ParityMonitor(parts)
+        for step in range(2):
+            if step:
+                parts.engine.sync(step)  # they take their memory again
+            if fault == "stale":
+                load(url, STALE, dict(hf_tensors(trainer.policy))[STALE] * 1.5)
+            rollouts = sampled(parts, 1.0, lambda prompt: prompt, told=True)
+            monitor.ask_while_awake(rollouts)
+            parts.engine.release_memory()
+            batch = collate(rollouts, [0.0] * len(rollouts), pad_token_id=0, device=trainer.policy.parallel.device)
+            found.append(monitor.check(step, score(batch, trainer.policy, None, config), rollouts))
+        parts.engine.sync(2)
+    assert kind_of(found[0]) in ("unknown", "sampling") and "they sleep now" in str(found[0].diagnosis)
+    assert kind_of(found[1]) == ("weights" if fault == "stale" else "numerics"), found[1].diagnosis
+    assert (STALE if fault == "stale" else "suspect rope settings") in str(found[1].diagnosis)
+
+
 def test_another_temperature_is_found(trainer: Trainer, sglang_server: SGLangServer) -> None:
     found = checked(trainer, [sglang_server.url], engine_temperature=0.7)
     assert kind_of(found) == "sampling", found.diagnosis

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,7 +20,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from megatron_rpp.config.rollout import RolloutConfig
 from megatron_rpp.experience.types import Prompt, Rollout
+from megatron_rpp.rollout.http import get_json
+from megatron_rpp.rollout.payloads import generate_payloads
 from megatron_rpp.rollout.protocol import RolloutError, SamplingParams
+from megatron_rpp.rollout.sampler import Sampler, open_session
 from megatron_rpp.rollout.sglang_client import SGLangClient
 from megatron_rpp.rollout.sglang_server import SGLangServer
 
@@ -129,6 +134,49 @@ def test_a_stopped_response_ends_with_the_stop_token_and_its_text_does_not(
         assert len(rollout.rollout_logprobs) == len(rollout.response_ids)
         assert "<eos>" not in rollout.text
     assert all(len(r.response_ids) == 32 and EOS not in r.response_ids for r in cut)
+
+
+def test_an_abort_ends_the_samples_on_the_server(sglang_server: SGLangServer, prompts: list[Prompt]) -> None:
+    """The connection of the first request stays open, so that nothing but the abort can end it; that of the second
+    is closed by the cancellation.
+    """
+    url, many = sglang_server.url, 192
+    [payload] = generate_payloads(prompts[:1], [0], SamplingParams(many, 240, 1.0, 1.0, (EOS,), seed=0), 256)
+    for params in payload["sampling_params"]:
+        params["ignore_eos"] = True
+
+    async def run() -> tuple[list[Any], float]:
+        async with open_session() as session:
+            sampler = Sampler([url], RolloutConfig(), None, session)
+            names = [f"held-{i:03}" for i in range(many)]
+            held = asyncio.create_task(session.post(f"{url}/generate", json=payload | {"rid": names}))
+            await _until(lambda: num_requests(url) == many)
+            await sampler._abort(url, names)
+            samples = await (await held).json()
+            task = asyncio.create_task(sampler.send(payload, 0))
+            await _until(lambda: num_requests(url) == many)
+            cancelled = time.monotonic()
+            task.cancel()
+            await asyncio.wait([task])
+            await sampler.finish()
+            await _until(lambda: num_requests(url) == 0)
+            return samples, time.monotonic() - cancelled
+
+    samples, took_s = asyncio.run(asyncio.wait_for(run(), 120))
+    ends = [each["meta_info"]["finish_reason"]["type"] for each in samples]
+    assert ends.count("abort") > many / 2, "the server went on to the end"
+    assert took_s < 10
+
+
+def num_requests(url: str) -> int:
+    """Requests that the server runs or has waiting."""
+    loads: Any = get_json(url, "v1/loads?include=core", timeout_s=10.0)["loads"]
+    return sum(each["num_running_reqs"] + each["num_waiting_reqs"] for each in loads)
+
+
+async def _until(is_true: Callable[[], bool]) -> None:
+    while not await asyncio.to_thread(is_true):
+        await asyncio.sleep(0.02)
 
 
 def test_an_unsynced_server_has_no_policy_version(prompts: list[Prompt], sample: Sample) -> None:

@@ -32,18 +32,20 @@ FAULTS = (
     "disk_full_then_broadcast",
     "disk_full_only",
     "rejoined",
+    "skewed",
     "other_version",
     "killed_before",
+    "rejoined",
+    "killed_at_join",
     "rejoined",
     "killed_during",
     "rejoined",
     "killed_after",
     "rejoined",
-    "stopped_during",
     "thirty_steps",
 )
 
-SPLIT_FAULTS = ("rank_1_comes_late", "checksum_fails", "stopped_during", "rank_1_stays_away")  # on TP2, one server
+SPLIT_FAULTS = ("rank_1_comes_late", "checksum_fails", "stopped_during", "rank_1_stays_away")  # on TP2
 
 
 def write_config(root: Path, model: Path, *, servers: int, tensor: int) -> Path:
@@ -70,7 +72,7 @@ restart_backoff_s = 0.1
 record = "off"  # else responses that a version has already given would not be sampled again
 [data]
 train = {{ kind = "jsonl", path = "{root}/problems.jsonl", size = 40 }}
-eval = {{ kind = "jsonl", path = "{root}/eval.jsonl" }}
+evals.sums = {{ kind = "jsonl", path = "{root}/eval.jsonl" }}
 """
     )
     return path
@@ -121,24 +123,21 @@ def test_servers_read_what_the_ipc_transport_posts(found: list[dict[str, Any]]) 
     assert of(found, "by_ipc")["transport"] == "ipc"
 
 
-@pytest.mark.parametrize("when", ["before", "during", "after"])
+@pytest.mark.parametrize("when", ["before", "at_join", "during", "after"])
 def test_a_server_killed_in_a_sync_leaves_the_other_with_a_verified_version(
     found: list[dict[str, Any]], when: str
 ) -> None:
     result = of(found, f"killed_{when}")
     assert_verified(result, servers=1)
     assert result["seconds"] < LIMIT_S
-    if when != "before":
-        assert result["transport"] == "disk", "the broadcast cannot have ended well"
+    assert result["transport"] == "disk", "the broadcast cannot have ended well"
+    where = {"before": "phase begin", "at_join": "joining the weight-update group", "after": "phase commit"}
+    assert any(where.get(when, "phase send") in warning for warning in result["warnings"])
+    down = [warning for warning in result["warnings"] if "is down" in warning]
+    assert len(down) == 1, "the other was started again, too, rather than freed"
 
 
-def test_a_server_that_hangs_is_given_up_within_the_deadline(found: list[dict[str, Any]]) -> None:
-    result = of(found, "stopped_during")
-    assert_verified(result, servers=1)
-    assert result["seconds"] < LIMIT_S
-
-
-def test_killed_and_hung_servers_come_back_with_the_current_version(found: list[dict[str, Any]]) -> None:
+def test_killed_servers_come_back_with_the_current_version(found: list[dict[str, Any]]) -> None:
     for fault, result in zip(FAULTS, found, strict=True):
         if fault == "rejoined":
             assert_verified(result, servers=2)
@@ -149,6 +148,14 @@ def test_one_flipped_bit_in_flight_is_found_and_the_next_transport_mends_it(foun
     assert of(found, "corrupted")["transport"] == "disk"
     warning = next(w for w in of(found, "corrupted")["warnings"] if "phase verify" in w)
     assert "model." in warning and "http://" in warning and "rank 0" in warning, warning
+
+
+def test_a_server_of_another_version_than_it_was_brought_to_is_named_and_synced(found: list[dict[str, Any]]) -> None:
+    result = of(found, "skewed")
+    assert_verified(result, servers=2)
+    assert result["transport"] == "disk"
+    warning = next(w for w in result["warnings"] if "phase begin" in w)
+    assert "http://" in warning and "answers as version 77" in warning, warning
 
 
 def test_a_full_disk_is_named_and_the_next_transport_takes_over(found: list[dict[str, Any]]) -> None:
@@ -171,10 +178,15 @@ def test_samples_of_another_version_are_asked_again_from_synced_servers(found: l
 
 def test_thirty_steps_lose_no_prompt_while_servers_die_at_random(found: list[dict[str, Any]], run_dir: Path) -> None:
     result = of(found, "thirty_steps")
-    assert len(result["killed"]) >= 3, "hardly anything was disturbed"
     steps = range(result["first"], result["version"])
     assert len(steps) >= 30
-    assert [step["step"] for step in read_metrics(run_dir)] == list(steps)
+    metrics = {step["step"]: step for step in read_metrics(run_dir)}
+    assert list(metrics) == list(steps)
+    assert max(step["mismatch/logprob_abs_max"] for step in metrics.values()) < 1e-3, "of the trainer's own weights"
+    kills = result["kills"]
+    assert len(kills) >= 4 and {kill["phase"] for kill in kills} >= {"rollout", "sync"}
+    for kill in kills:
+        assert kill["served"] > 0 and metrics[kill["step"] - 1]["sync/servers"] == 2, "nothing was disturbed"
     for step in steps:
         rollouts = read_rollouts(run_dir, step)
         assert {span[0] for r in rollouts for span in r["version_spans"]} == {step}
@@ -188,27 +200,28 @@ def test_thirty_steps_lose_no_prompt_while_servers_die_at_random(found: list[dic
 def split(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """TP2; what rank 0 saw."""
     root = tmp_path_factory.mktemp("late")
-    config = write_config(root, tiny_model_dir, servers=1, tensor=2)
+    config = write_config(root, tiny_model_dir, servers=2, tensor=2)
     argv = [sys.executable, "-m", "tests.integration.fault_worker", str(config), str(root)]
     launch_local([*argv, *SPLIT_FAULTS], 2, root / "run")
     return json.loads((root / "result.json").read_text())
 
 
 def test_a_rank_that_comes_late_but_in_time_delays_a_sync_only(split: list[dict[str, Any]]) -> None:
-    assert_verified(split[0], servers=1)
+    assert_verified(split[0], servers=2)
 
 
 def test_an_error_of_one_rank_leaves_the_others_in_step(split: list[dict[str, Any]]) -> None:
     result = split[1]
-    assert_verified(result, servers=1)
+    assert_verified(result, servers=2)
     assert result["seconds"] < DEADLINE_S, "the others waited for a rank that had failed"
     assert any("phase send, rank 0: planted" in warning for warning in result["warnings"])
 
 
-def test_a_hung_server_costs_no_group_of_ranks(split: list[dict[str, Any]]) -> None:
+def test_a_hung_server_is_given_up_within_the_deadline_and_costs_no_group_of_ranks(split: list[dict[str, Any]]) -> None:
     """The leader waits for the server while the other rank waits for the leader's next gather."""
     result = split[2]
     assert_verified(result, servers=1)
+    assert result["seconds"] < LIMIT_S
     assert any("phase send" in warning and "was not taken" in warning for warning in result["warnings"])
 
 

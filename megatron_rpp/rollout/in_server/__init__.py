@@ -1,1 +1,4 @@
-"""What runs inside SGLang servers. Nothing here imports megatron or megatron_rpp.device; only reward_models, SGLang."""
+"""What runs inside SGLang servers. Nothing here imports megatron or megatron_rpp.device.
+
+Only reward_models and shared_request import SGLang.
+"""

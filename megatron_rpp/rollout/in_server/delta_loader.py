@@ -1,7 +1,7 @@
 """SGLang's `--custom-weight-loader` for changed values only: see weight_sync/delta.py for the sender.
 
-A POST carries two uint8 tensors: MANIFEST, the JSON text {"first": bool, "tensors": [[name, dtype, shape,
-start, bytes], ...]}, and BLOB, where each tensor's change (delta_codec) lies at its start.
+A POST carries, for the server's first TP rank, two uint8 tensors: MANIFEST, the JSON text {"first": bool, "tensors":
+[[name, dtype, shape, start, bytes], ...]}, and BLOB, where each tensor's change (delta_codec) lies at its start.
 
 SGLang (0.5.23) ends the whole server when a custom loader raises, and ignores what it returns. So a failure is
 noted as an empty buffer of the model, whose name `/weights_checker` tells to whom asks for tensors without a
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megatron_rpp.rollout.in_server.delta_codec import decode
 from megatron_rpp.rollout.in_server.partial_tensor import PartialTensor
+from megatron_rpp.rollout.in_server.shared_request import shared, tensor_parallel_group
 
 LOADER = f"{__name__}.apply"
 """What the flag wants: the import path of `apply`."""
@@ -38,7 +39,8 @@ class DeltaError(RuntimeError):
 def apply(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
     """Load the changes of one POST into this rank's part of `model`. After a failure nothing more is loaded."""
     try:
-        load(model, named_tensors)
+        group, device = tensor_parallel_group(), next(model.parameters()).device
+        load(model, shared(named_tensors, (MANIFEST, BLOB), group, device))
     except Exception as error:
         logger.exception("a weight delta could not be loaded")
         _note_failure(model, f"{type(error).__name__}: {error}")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_rpp.config.rollout import RolloutConfig
 from megatron_rpp.config.schema import Config, ParityConfig
 from megatron_rpp.experience.types import ExperienceBatch
 from megatron_rpp.parity import monitor
@@ -32,8 +33,9 @@ class Policy:
 class Parts:
     """What the monitor itself reads of `RunParts`."""
 
-    def __init__(self, limits: ParityConfig) -> None:
-        self.config, self.policy = Config(parity=limits), Policy()
+    def __init__(self, limits: ParityConfig, *, sleeping: bool = False) -> None:
+        self.config = Config(parity=limits, rollout=RolloutConfig(release_memory=sleeping))
+        self.policy = Policy()
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The mean difference of each search for a cause; one always finds numerics."""
     means: list[float] = []
 
-    def gather(parts: Any, batch: Any, rollouts: Any, mismatch: Any) -> None:
+    def gather(parts: Any, batch: Any, rollouts: Any, mismatch: Any, awake: Any) -> None:
         means.append(mismatch.mean)
 
     monkeypatch.setattr(monitor, "gather_evidence", gather)
@@ -50,8 +52,8 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return means
 
 
-def make(limits: ParityConfig = LIMITS) -> ParityMonitor:
-    return ParityMonitor(Parts(limits))  # type: ignore[arg-type]
+def make(limits: ParityConfig = LIMITS, *, sleeping: bool = False) -> ParityMonitor:
+    return ParityMonitor(Parts(limits, sleeping=sleeping))  # type: ignore[arg-type]
 
 
 def batch_off_by(difference: float, tokens: int = 2, entropy: float = 1.0) -> ExperienceBatch:
@@ -112,6 +114,80 @@ def test_a_difference_that_rises_is_searched_at_once(searches: list[float]) -> N
     for step, difference in enumerate((0.06, 0.2, 0.06, 0.01, 0.06)):
         watch.check(step, batch_off_by(difference), [])
     assert searches == pytest.approx([0.06, 0.2])
+
+
+def test_a_difference_that_doubles_within_a_level_is_searched_at_once(searches: list[float]) -> None:
+    watch = make(ParityConfig(warn=0.05, correct=0.0, stop=2.0))
+    for step, difference in enumerate((0.06, 0.11, 0.3, 0.5, 0.06, 0.7)):
+        watch.check(step, batch_off_by(difference), [])
+    assert searches == pytest.approx([0.06, 0.3, 0.7])
+
+
+def test_a_log_prob_that_is_not_a_number_is_searched_once(searches: list[float]) -> None:
+    watch = make(ParityConfig(warn=0.05, correct=0.0, stop=0.0))
+    for step, difference in enumerate((0.06, float("nan"), float("nan"), 0.3)):
+        watch.check(step, batch_off_by(difference), [])
+    assert len(searches) == 2
+
+
+def test_right_log_probs_of_tokens_sampled_otherwise_are_no_rise(searches: list[float]) -> None:
+    watch = make()
+    for step, difference in enumerate((2.0**-20, 2.0**-17)):
+        watch.check(step, batch_off_by(difference, tokens=64, entropy=1.4), [])
+    assert len(searches) == 1
+
+
+def test_a_resumed_run_searches_when_the_first_would_have(searches: list[float]) -> None:
+    limits = ParityConfig(warn=0.05, stop=2.0)
+    first, resumed = make(limits), make(limits)
+    first.check(0, batch_off_by(0.06), [])
+    resumed.load_state_dict(first.state_dict())
+    for step, difference in ((1, 0.11), (2, 0.13)):
+        resumed.check(step, batch_off_by(difference), [])
+    assert searches == pytest.approx([0.06, 0.13])
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The rollouts of each time that servers were asked before they slept."""
+    found: list[list[str]] = []
+    monkeypatch.setattr(monitor, "ask_while_awake", lambda parts, rollouts: found.append(rollouts) or "answer")
+    return found
+
+
+def test_servers_that_slept_in_a_search_are_asked_once_before_they_sleep_again(
+    searches: list[float], asked: list[list[str]]
+) -> None:
+    watch = make(sleeping=True)
+    for step in range(4):
+        watch.ask_while_awake([f"of step {step}"])  # type: ignore[list-item]
+        watch.check(step, batch_off_by(0.06), [])
+    assert asked == [["of step 1"]]
+    assert searches == pytest.approx([0.06, 0.06]), "the second with what they said"
+
+
+def test_what_servers_said_is_not_kept_for_a_later_difference(searches: list[float], asked: list[list[str]]) -> None:
+    watch = make(sleeping=True)
+    for step, difference in enumerate((0.06, 0.01, 0.06)):
+        watch.ask_while_awake([])
+        watch.check(step, batch_off_by(difference), [])
+    assert len(asked) == 1 and len(searches) == 1
+
+
+def test_a_resumed_run_still_asks_the_servers(searches: list[float], asked: list[list[str]]) -> None:
+    first, resumed = make(sleeping=True), make(sleeping=True)
+    first.check(0, batch_off_by(0.06), [])
+    resumed.load_state_dict(first.state_dict())
+    resumed.ask_while_awake([])
+    assert len(asked) == 1
+
+
+def test_servers_that_are_awake_in_a_search_are_not_asked_again(searches: list[float], asked: list[list[str]]) -> None:
+    watch = make()
+    for step in range(2):
+        watch.ask_while_awake([])
+        watch.check(step, batch_off_by(0.06), [])
+    assert asked == []
 
 
 def test_a_difference_round_the_threshold_is_not_searched_at_every_other_step(searches: list[float]) -> None:

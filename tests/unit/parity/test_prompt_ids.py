@@ -49,33 +49,37 @@ def rollout(engine_prompt_ids: tuple[int, ...] | None, *, text: str = "c", ids: 
     )
 
 
+FIRST = rollout(None)
+
+
 def test_a_prompt_that_the_engine_got_otherwise_is_found_with_the_first_difference() -> None:
     rollouts = [rollout((97, 98)), rollout((97, 7, 98)), rollout((97, 98, 7))]
-    found = check_prompt_ids(rollouts, [0], Letters(), chat=False)
+    found = check_prompt_ids(rollouts, [FIRST], Letters(), chat=False)
     assert (found.known, found.unknown, found.different) == (3, 0, 2)
     assert "prompt 3 has 2 tokens here and 3 there" in found.example
     assert "from token 1 on 98 here and 7 98 there" in found.example
 
 
 def test_a_prompt_that_is_longer_there_differs_from_its_end_on() -> None:
-    example = check_prompt_ids([rollout((97, 98, 7))], [0], Letters(), chat=False).example
+    example = check_prompt_ids([rollout((97, 98, 7))], [FIRST], Letters(), chat=False).example
     assert "from token 2 on nothing here and 7 there" in example
 
 
 def test_a_server_that_does_not_tell_is_no_proof_in_either_direction() -> None:
-    found = check_prompt_ids([rollout(None), rollout((97, 98))], [0], Letters(), chat=False)
+    found = check_prompt_ids([rollout(None), rollout((97, 98))], [FIRST], Letters(), chat=False)
     assert (found.known, found.unknown, found.different) == (1, 1, 0)
 
 
 def test_texts_are_tokenized_as_the_prompts_were() -> None:
-    plain = check_prompt_ids([rollout(None)], [0], Letters(), chat=False)
+    plain = check_prompt_ids([rollout(None)], [FIRST], Letters(), chat=False)
     assert (plain.retokenized, plain.retokenized_otherwise) == (1, 0)
-    chat = check_prompt_ids([rollout(None)], [0], Letters(), chat=True)
+    chat = check_prompt_ids([rollout(None)], [FIRST], Letters(), chat=True)
     assert (chat.retokenized, chat.retokenized_otherwise) == (1, 1), "trained without the chat template"
 
 
 def test_the_stop_token_is_not_part_of_a_responses_text() -> None:
-    assert check_prompt_ids([rollout(None)], [0], Letters(), chat=False).responses_otherwise == 0
+    assert check_prompt_ids([rollout(None)], [FIRST], Letters(), chat=False).responses_otherwise == 0
     cut = rollout(None, ids=(99,))
-    assert check_prompt_ids([cut], [0], Letters(), chat=False).responses_otherwise == 0
-    assert check_prompt_ids([rollout(None, text="d")], [0], Letters(), chat=False).responses_otherwise == 1
+    assert check_prompt_ids([cut], [cut], Letters(), chat=False).responses_otherwise == 0
+    other = rollout(None, text="d")
+    assert check_prompt_ids([other], [other], Letters(), chat=False).responses_otherwise == 1

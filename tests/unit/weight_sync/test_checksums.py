@@ -20,6 +20,7 @@ from megatron_rpp.model.hf_io.fp8_blocks import dequantize, quantize
 from megatron_rpp.model.hf_mapping import read_hf_config
 from megatron_rpp.weight_sync.checksum_report import differences, sampled_out
 from megatron_rpp.weight_sync.checksums import Digests, ExpectedChecksums, merge
+from megatron_rpp.weight_sync.gpu_hash import GpuHash
 from tests.support.tiny_models import save_tiny
 
 Tensors = dict[str, Tensor]
@@ -30,6 +31,12 @@ def sha(*parts: Tensor) -> str:
     """As SGLang's tensor_hash on CPU: 8 bytes of the SHA-256 of the joined tensor."""
     joined = torch.cat(parts).contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(bytes(joined.tolist())).hexdigest()[:16]
+
+
+def gpu_hash(*parts: Tensor) -> str:
+    whole = GpuHash()
+    whole.update(torch.cat(parts))
+    return f"{whole.finish():016x}"
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +136,14 @@ def test_a_tensor_that_comes_twice_is_an_error(llama: HFConfig) -> None:
         expected.add("model.norm.weight", torch.randn(4))
 
 
-def test_gpu_servers_cannot_be_verified_from_cpu_tensors(llama: HFConfig) -> None:
-    with pytest.raises(ValueError, match=r"where the trainer runs on GPUs too; set weight_sync\.verify=off"):
-        predicted(llama, {"model.norm.weight": torch.randn(4)}, device="cuda")
+def test_gpu_servers_hash_joined_parts_in_their_own_way(llama: HFConfig) -> None:
+    q, k, v = torch.randn(32, 4), torch.randn(16, 4), torch.randn(16, 4)
+    attention = {f"{LAYER}self_attn.{name}_proj.weight": t for name, t in zip("qkv", (q, k, v), strict=True)}
+    of_gpu = predicted(llama, attention, 1, 2, device="cuda")
+    name = f"{LAYER}self_attn.qkv_proj.weight"
+    assert of_gpu[1] == [{name: gpu_hash(q, k, v)}]
+    assert of_gpu[2] == [{name: gpu_hash(q[:16], k[:8], v[:8])}, {name: gpu_hash(q[16:], k[8:], v[8:])}]
+    assert of_gpu != predicted(llama, attention, 1, 2)
 
 
 def sglang_dequantize() -> Any:

@@ -114,11 +114,18 @@ def moved(weights: Named, share: float, seed: int) -> Named:
     }
 
 
+@pytest.fixture(autouse=True)
+def only_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a server of one TP rank; tests/integration/test_delta.py has one of two."""
+    monkeypatch.setattr(delta_loader, "tensor_parallel_group", lambda: None)
+    monkeypatch.setattr(delta_loader, "shared", lambda named, *_: named)
+
+
 def received(bucket: DeltaBucket, tp_size: int = 1) -> list[tuple[str, Tensor]]:
     """What a server's rank unpickles."""
     entries = payload(bucket, tp_size)["serialized_named_tensors"]
     assert isinstance(entries, list) and len(entries) == tp_size
-    named: list[tuple[str, Tensor]] = pickle.loads(base64.b64decode(entries[-1]))
+    named: list[tuple[str, Tensor]] = pickle.loads(base64.b64decode(entries[0]))
     return named
 
 
@@ -231,7 +238,7 @@ def test_failures_can_be_forgotten_without_a_new_attempt() -> None:
     entries = forget_failures(2)["serialized_named_tensors"]
     assert failures(checksums(server)) and isinstance(entries, list) and len(entries) == 2
     before = server.bits()
-    delta_loader.apply(server, pickle.loads(base64.b64decode(entries[1])))
+    delta_loader.apply(server, pickle.loads(base64.b64decode(entries[0])))
     assert failures(checksums(server)) == [] and server.bits() == before
 
 
@@ -311,10 +318,25 @@ def test_a_tensor_of_a_new_shape_is_sent_whole() -> None:
     assert kinds(encoder, {"a": torch.zeros(10, 100)}) == "whole"
 
 
-def test_the_size_on_the_wire_is_counted_with_base64_and_for_every_rank() -> None:
+def test_the_size_on_the_wire_is_counted_with_base64_and_does_not_grow_with_a_server_s_ranks() -> None:
     (bucket,) = DeltaEncoder().encode([("a", torch.zeros(3000))], 10**6)
     entries = payload(bucket, 4)["serialized_named_tensors"]
-    assert isinstance(entries, list) and sum(map(len, entries)) == bucket.wire_bytes(4) > 4 * 12_000 * 4 / 3
+    assert isinstance(entries, list) and len(entries) == 4 and len(entries[0]) == bucket.wire_bytes > 12_000 * 4 / 3
+    assert [pickle.loads(base64.b64decode(entry)) for entry in entries[1:]] == [[]] * 3
+
+
+def test_one_step_at_the_papers_learning_rate_sends_less_than_two_fifths_in_bfloat16() -> None:
+    """Adam's first step moves every weight by the learning rate: the most that one can change."""
+    torch.manual_seed(0)
+    weights = {f"{i}.weight": torch.nn.Parameter(0.02 * torch.randn(256, 384)) for i in range(4)}
+    optimizer, encoder = torch.optim.AdamW(weights.values(), lr=5e-7), DeltaEncoder()
+    for name, weight in weights.items():
+        encoder.remember(name, weight.bfloat16())
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    new = {name: weight.detach().bfloat16() for name, weight in weights.items()}
+    sent = sum(bucket.wire_bytes for bucket in encoder.encode(new.items(), 2**18))
+    assert 0 < sent < 0.4 * sum(weight.nbytes for weight in new.values())
 
 
 MLA = "model.layers.{}.self_attn.{}.weight"
