@@ -104,7 +104,7 @@ def train(out: Path, run_dir: Path, task: str, algorithm: dict[str, Any], seed: 
         settings = {
             "run.dir": run_dir, "run.seed": seed, "run.steps": steps, "model.path": out / "sft",
             "parallel.pipeline": 1, "data.train.path": out / "start" / f"{task}.jsonl",
-            "data.eval.path": out / "start" / "eval.jsonl", "rollout.num_prompts": 32, "train.batch_size": 64,
+            "data.evals.sums.path": out / "start" / "eval.jsonl", "rollout.num_prompts": 32, "train.batch_size": 64,
             "train.micro_batch_size": 64, "optimizer.lr": 1e-4, "optimizer.warmup_steps": 20,
             "eval.interval": steps // 3, "checkpoint.interval": 0,
             **{f"algorithm.{key}": value for key, value in algorithm.items()},
@@ -119,11 +119,11 @@ def summary(task: str, name: str, run_dirs: Sequence[Path]) -> dict[str, Any]:
     for run_dir in run_dirs:
         steps = _steps_of(run_dir)
         trained_on = hard_accuracy(run_dir, [record["step"] for record in steps[-LAST:]])
-        figures["held_out"].append(steps[-1]["eval/accuracy"])
-        figures["held_out_greedy"].append(steps[-1]["eval/greedy_accuracy"])
+        figures["held_out"].append(steps[-1]["eval/sums/accuracy"])
+        figures["held_out_greedy"].append(steps[-1]["eval/sums/greedy_accuracy"])
         figures["train"].append(trained_on)
         figures["kl"].append(statistics.fmean(record["kl/mean"] for record in steps[-LAST:]))
-        figures["gap"].append(trained_on - steps[-1]["eval/accuracy"])
+        figures["gap"].append(trained_on - steps[-1]["eval/sums/accuracy"])
     row: dict[str, Any] = {"task": task, "algorithm": name}
     for key, values in figures.items():
         row[key], row[f"{key}_sd"] = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
@@ -169,8 +169,8 @@ def draw(runs: Runs, path: Path) -> None:
             seeds = [_steps_of(run_dir) for run_dir in runs[task][name]]
             _band(row[0], seeds, lambda s: (s["step"], s["reward/mean"]), f"C{color}", name, smooth=4)
             _scatter(row[1], seeds, f"C{color}", name)
-            held_out = [[s for s in steps if "eval/accuracy" in s] for steps in seeds]
-            _band(row[2], held_out, lambda s: (s["eval/policy_version"], s["eval/accuracy"]), f"C{color}", name)
+            held_out = [[s for s in steps if "eval/sums/accuracy" in s] for steps in seeds]
+            _band(row[2], held_out, lambda s: (s["eval/policy_version"], s["eval/sums/accuracy"]), f"C{color}", name)
         row[0].set(title=f"{task}: reward", xlabel="step", ylabel="sampled reward (mean of 4 steps)")
         row[1].set(title=f"{task}: reward against KL spent", xlabel="KL per token to the reference (nats)")
         row[2].set(title=f"{task}: held-out accuracy, sampled", xlabel="step")

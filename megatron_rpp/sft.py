@@ -54,7 +54,11 @@ def _train(config: Config, parallel: ParallelContext, watchdog: Watchdog) -> Non
     check_allocator(config, os.environ, syncs=False)
     check_can_compute(config, resolve_layer_spec(config.model.layer_spec))
     uses_fused_logprobs(config.train.fused_logprobs)  # or it cannot be
-    tokenizer = load_tokenizer(sft.init, trust_remote_code=config.model.trust_remote_code)
+    tokenizer = load_tokenizer(
+        sft.init,
+        trust_remote_code=config.model.trust_remote_code,
+        chat_template_args=config.data.chat_template_args,
+    )
     demonstrations = load_demonstrations(sft.data, tokenizer, config.data, max_tokens=config.rollout.context_length)
     model, optimizer = make_trainable(
         build_model(config, parallel, path=sft.init), _optimizer_config(config), sft.steps

@@ -14,7 +14,7 @@ class RunState:
     prompts: dict[str, Any]  # cursor of the prompt source
     schedule: dict[str, Any]  # Megatron's OptimizerParamScheduler
     shaping: dict[str, Any] = field(default_factory=dict)  # engine.advantages.ShapingState
-    parity: dict[str, int] = field(default_factory=dict)  # parity.monitor.ParityMonitor
+    parity: dict[str, float] = field(default_factory=dict)  # parity.monitor.ParityMonitor
     layout: dict[str, Any] = field(default_factory=dict)  # config section `parallel`; empty: an older version wrote it
 
     def to_json(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
+from megatron_rpp.commands.check import check_prompts
 from megatron_rpp.commands.messages import error_line, user_error
 from megatron_rpp.commands.words import split
 from megatron_rpp.config.errors import ConfigError
@@ -58,8 +59,8 @@ def run(words: Sequence[str]) -> int:
     arguments = parse(words)
     config = load_config(arguments.files, arguments.overrides)
     if arguments.check:
-        check_run(config, arguments.command)
-        sys.stdout.write(f"ok: {_checked(config, arguments.command)}\n")
+        lines = check_run(config, arguments.command)
+        sys.stdout.write("\n".join([f"ok: {_checked(config, arguments.command)}", *lines]) + "\n")
         return 0
     world_size = config.parallel.world_size
     place = find_rank(world_size)
@@ -85,10 +86,14 @@ def _check_model(config: Config, command: Literal["train", "sft"]) -> None:
     check_model(config, command)
 
 
-def check_run(config: Config, command: Literal["train", "sft"]) -> None:
-    """All that needs neither ranks nor this host: configuration, model and data. Raises ValueError."""
+def check_run(config: Config, command: Literal["train", "sft"]) -> list[str]:
+    """All that needs neither ranks nor this host: configuration, model and data. Raises ValueError.
+
+    Returns a line on the prompts of each source.
+    """
     _check_model(config, command)
     check_lines(config, command)
+    return check_prompts(config, command)
 
 
 def _checked(config: Config, command: str) -> str:
@@ -196,7 +201,7 @@ def _call(arguments: Arguments, config: Config) -> int:
 def _usage(command: str) -> str:
     own = " [--resume[=auto]]" if command == "train" else ""
     lines = [f"rpp {command} CONFIG.toml ... [--section.key=value ...]{own} [--check]", ""]
-    lines += ["  --check         look at configuration, model and data, say ok or what to change, and start nothing"]
+    lines += ["  --check         look at configuration, model and data, tokenize the first prompts, and start nothing"]
     if own:
         lines += ["  --resume        from the newest complete checkpoint of run.dir"]
         lines += ["  --resume=auto   the same, or from the start where run.dir holds no run"]

@@ -24,6 +24,8 @@ class SourceConfig:
     """Of data.sources: this source's share of the prompts, relative to the others'. All 0: by their sizes."""
     reward: str = ""
     """Kind of reward of this source's prompts; empty: reward.kind."""
+    verdicts: bool = False
+    """Of data.evals with rewards of kind function or remote: 1 is right and less, down to 0, wrong; gives pass@k."""
     pass_rate_key: str = "pass_rate"
     """Key of a problem's known pass rate, from 0 to 1, for the filter and the curriculum."""
     min_pass_rate: float = 0.0
@@ -34,10 +36,10 @@ class SourceConfig:
     """Task name of a reasoning_gym source, such as chain_sum."""
     task_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the reasoning_gym task."""
-    size: int = 25_000
-    """Problems to generate (reasoning_gym) or the most to take, from the first on (other kinds)."""
+    size: int = 0
+    """The most problems to take, from the first on; 0: all of a file, and 25,000 of a reasoning_gym task."""
     seed: int = 0
-    """Seed of a reasoning_gym source; give train and eval different ones."""
+    """Seed of a reasoning_gym source; give training and held-out ones different ones."""
 
     @property
     def is_set(self) -> bool:
@@ -60,14 +62,14 @@ class DataConfig:
     """Training prompts of several sources, mixed by weight: data.sources.NAME.path and so on; instead of data.train."""
     curriculum: str = "none"
     """Order of the prompts in an epoch: none (shuffled) or easy_first (by falling pass rate)."""
-    eval: SourceConfig = field(default_factory=SourceConfig)
-    """A held-out set, beside those of data.evals; without a path or a task there is none of this name."""
     evals: dict[str, SourceConfig] = field(default_factory=dict)
-    """Held-out sets by name, beside data.eval: data.evals.NAME.path and so on; metrics are eval/NAME/..."""
+    """Held-out sets by name: data.evals.NAME.path and so on; metrics are eval/NAME/..."""
     prompt_template: str = "{prompt}"
     """Text of a prompt, or of a conversation's last turn; names in braces are keys of the record (docs/data.md)."""
     chat_template: bool = False
     """Wrap the prompt as a user turn, or the conversation as it is, in the tokenizer's chat template."""
+    chat_template_args: dict[str, Any] = field(default_factory=dict)
+    """What the chat template is given beside the conversation, such as { enable_thinking = false } (docs/data.md)."""
 
 
 @dataclass(frozen=True)

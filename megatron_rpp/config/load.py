@@ -18,6 +18,7 @@ from megatron_rpp.config.toml_text import dump_toml
 __all__ = ["ConfigError", "describe", "dump_toml", "load_config"]
 
 COMMAND_LINE = "the command line"
+_GONE = "data.eval"  # no section: data.evals has the sets, eval says how they are measured
 
 
 def load_config(toml_paths: Sequence[str], overrides: Sequence[str]) -> Config:
@@ -84,6 +85,9 @@ def _require_known(key: str, origin: str) -> None:
         raise ConfigError(f"{key} in {origin}: the name {name!r} must be of letters, digits, _ and - only")
     if canonical(key) in fields():
         return
+    if f"{key}.".startswith(f"{_GONE}."):
+        meant = f"data.evals.{NAME}{key.removeprefix(_GONE)}"
+        raise ConfigError(f"unknown key {key} in {origin}; a held-out set has a name: {meant}")
     if _is_section(key):
         raise ConfigError(f"{key} in {origin} is a section; set one of its keys, such as {_first_key(key)}")
     raise ConfigError(f"unknown key {key} in {origin}; {_suggestion(key)}")

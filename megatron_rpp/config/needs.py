@@ -9,7 +9,7 @@ from megatron_rpp.config.data import SourceConfig
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.fields import canonical, fields, flatten
 from megatron_rpp.config.schema import Config
-from megatron_rpp.config.sources import named_sources, reward_kinds
+from megatron_rpp.config.sources import gives_verdicts, held_out_sources, named_sources, reward_kinds
 from megatron_rpp.config.toml_text import written
 
 
@@ -25,6 +25,12 @@ def _reward_kind(kind: str) -> Need:
     return Need(f"reward.kind={kind}, or such a reward of a source", lambda config: kind in reward_kinds(config))
 
 
+def _has_verdicts(config: Config) -> bool:
+    """A held-out set that pass@k can be told of; or nothing is evaluated now."""
+    sets = held_out_sources(config).values()
+    return not config.eval.interval or any(gives_verdicts(config, source) for source in sets)
+
+
 _FP8 = Need("fp8.recipe, such as blockwise", lambda config: config.fp8.is_on)
 _PROFILE = Need("profile.steps, such as 3", lambda config: bool(config.profile.steps))
 
@@ -36,6 +42,10 @@ NEEDS: dict[str, Need] = {
     ),
     "profile.ranks": _PROFILE,
     "profile.record": _PROFILE,
+    "eval.pass_at": Need(
+        "a set of data.evals whose rewards are verdicts, by kind math_answer or reasoning_gym or its verdicts=true",
+        _has_verdicts,
+    ),
     "reward.function": _reward_kind("function"),
     "reward.url": _reward_kind("remote"),
     "reward.model_path": _reward_kind("model"),

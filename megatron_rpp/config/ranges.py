@@ -12,9 +12,7 @@ from megatron_rpp.config.fields import canonical, fields
 from megatron_rpp.config.toml_text import written
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
-_TRAINING = ("data.train", "data.sources.NAME")
-_HELD_OUT = ("data.eval", "data.evals.NAME")
-_SOURCES = _TRAINING + _HELD_OUT
+_SOURCES = ("data.train", "data.sources.NAME", "data.evals.NAME")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
@@ -119,7 +117,6 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "sft.batch_size",
         "eval.samples",
         "eval.pass_at",
-        *(f"{source}.size" for source in _TRAINING),
     ),
     NOT_NEGATIVE: (
         "run.seed",
@@ -130,8 +127,7 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "train.micro_batch_tokens",
         "parallel.first_stage_layers",
         "parallel.last_stage_layers",
-        *(f"{source}.{key}" for source in _SOURCES for key in ("seed", "weight")),
-        *(f"{source}.size" for source in _HELD_OUT),
+        *(f"{source}.{key}" for source in _SOURCES for key in ("seed", "size", "weight")),
         "algorithm.kl_coef",
         "algorithm.kl_clamp",
         "algorithm.kl_output_clamp",

@@ -45,11 +45,11 @@ class RolloutConfig:
     health_deadline_s: float = 60.0
     """A server without a sign of life for so long is taken for dead, and its requests go to others."""
     restart_backoff_s: float = 1.0
-    """Wait before a server that has died is started again; it doubles each time, up to a minute."""
+    """Wait before a dead server is started again, or one that could not be synced is tried; doubles, up to a minute."""
     request_deadline_s: float = 600.0
     """One step's sampling must end within this time."""
     max_concurrent_requests: int = 64
-    """Requests in flight at once; a request holds the samples of one prompt."""
+    """Requests that each replica has in flight at once; a request holds the samples of one prompt."""
     max_retries: int = 3
     """Times that a failed request is sent again, and that a failed weight sync or step's sampling is repeated."""
     record: str = "resume"
@@ -78,7 +78,7 @@ class ScheduleConfig:
     time_budget_s: float = 0.0
     """Sampling of a step ends after this time, with at least train.batch_size responses; 0: no limit."""
     token_budget: int = 0
-    """Sampling of a step ends after so many response tokens, with at least train.batch_size responses; 0: no limit."""
+    """Sampling ends once complete groups have so many response tokens, and train.batch_size responses; 0: no limit."""
 
     @property
     def is_plain(self) -> bool:

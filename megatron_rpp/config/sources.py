@@ -12,7 +12,9 @@ from megatron_rpp.config.ranges import CHOICES
 from megatron_rpp.config.schema import Config
 from megatron_rpp.config.templates import check_template
 
+HELD_OUT = "data.evals."  # what the keys of held-out sets begin with
 _VERIFIED = ("math_answer", "reasoning_gym")
+_OWN_CODE = ("function", "remote")
 
 
 def training_sources(data: DataConfig) -> dict[str, SourceConfig]:
@@ -21,23 +23,33 @@ def training_sources(data: DataConfig) -> dict[str, SourceConfig]:
 
 
 def held_out_sources(config: Config) -> dict[str, SourceConfig]:
-    """What is evaluated, by Prompt.source: "" for data.eval, then data.evals by their names."""
-    if config.eval.interval == 0:
-        return {}
-    unnamed = {"": config.data.eval} if config.data.eval.is_set else {}
-    return {**unnamed, **config.data.evals}
+    """What is evaluated, by Prompt.source: data.evals by their names."""
+    return dict(config.data.evals) if config.eval.interval else {}
+
+
+def source_keys(config: Config) -> dict[str, SourceConfig]:
+    """Every source of the run by its section's key: data.train, data.sources.math, data.evals.aime."""
+    training = {
+        f"data.sources.{name}" if name else "data.train": s for name, s in training_sources(config.data).items()
+    }
+    return training | {f"data.evals.{name}": source for name, source in held_out_sources(config).items()}
 
 
 def named_sources(data: DataConfig) -> dict[str, SourceConfig]:
     """Every source that has a section, used or not, by the section's key: data.train, data.evals.aime."""
     named = {f"data.sources.{name}": source for name, source in data.sources.items()}
     named |= {f"data.evals.{name}": source for name, source in data.evals.items()}
-    return {"data.train": data.train, "data.eval": data.eval, **named}
+    return {"data.train": data.train, **named}
 
 
 def is_verified(config: Config, source: SourceConfig) -> bool:
     """Whether its responses are right or wrong by a known answer, rather than graded by a model or by user's code."""
     return (source.reward or config.reward.kind) in _VERIFIED
+
+
+def gives_verdicts(config: Config, source: SourceConfig) -> bool:
+    """Whether its rewards are right or wrong: by a known answer, or because its user says so of their own code."""
+    return source.verdicts or is_verified(config, source)
 
 
 def reward_kinds(config: Config) -> frozenset[str]:
@@ -61,9 +73,10 @@ def check_sources(config: Config) -> None:
     unweighted = next((name for name, weight in weights.items() if weight == 0), None)
     if any(weights.values()) and unweighted is not None:
         raise ConfigError(f"data.sources.{unweighted}.weight is not set, but others are; set all of them or none")
-    training = {f"data.sources.{name}" if name else "data.train": s for name, s in training_sources(data).items()}
-    held_out = {f"data.evals.{name}" if name else "data.eval": s for name, s in held_out_sources(config).items()}
-    for key, source in {**training, **held_out}.items():
+    sources = source_keys(config)
+    held_out = {key: source for key, source in sources.items() if key.startswith(HELD_OUT)}
+    training = {key: source for key, source in sources.items() if key not in held_out}
+    for key, source in sources.items():
         _check_source(key, source, config.reward.kind)
         is_ordered = key in training and data.curriculum == "easy_first"
         if source.kind == "reasoning_gym" and (source.is_filtered or is_ordered):
@@ -72,9 +85,22 @@ def check_sources(config: Config) -> None:
                 "and data.curriculum=easy_first"
             )
     for key, source in held_out.items():
-        same = next((known for known, other in training.items() if _problems(other) == _problems(source)), None)
+        same = next((known for known, other in training.items() if _share_problems(other, source)), None)
+        if same is not None and (source.is_filtered or training[same].is_filtered):
+            raise ConfigError(
+                f"{key} must differ from {same}, in its path, or by pass rates (with the same pass_rate_key) that do "
+                "not meet, both ends included: it is held out"
+            )
         if same is not None:
             raise ConfigError(f"{key} must differ from {same}, in its path, task or seed: it is held out")
+
+
+def _share_problems(one: SourceConfig, other: SourceConfig) -> bool:
+    """Whether both may hold the same problem: they read the same, and not slices of it without a common pass rate."""
+    are_apart = one.pass_rate_key == other.pass_rate_key and (
+        one.max_pass_rate < other.min_pass_rate or other.max_pass_rate < one.min_pass_rate
+    )
+    return _problems(one) == _problems(other) and not are_apart
 
 
 def _problems(source: SourceConfig) -> tuple[Any, ...]:
@@ -92,6 +118,8 @@ def _check_source(key: str, source: SourceConfig, reward_kind: str) -> None:
         raise ConfigError(f"{said}=reasoning_gym must go with {key}.kind=reasoning_gym, not {source.kind}")
     if source.weight and not key.startswith("data.sources."):
         raise ConfigError(f"{key}.weight={source.weight} has no meaning: only data.sources are mixed; set it to 0")
+    if source.verdicts:
+        _check_verdicts(key, source.reward or reward_kind)
     if source.min_pass_rate > source.max_pass_rate:
         raise ConfigError(
             f"{key}.min_pass_rate={source.min_pass_rate} must be at most {key}.max_pass_rate={source.max_pass_rate}"
@@ -99,6 +127,17 @@ def _check_source(key: str, source: SourceConfig, reward_kind: str) -> None:
     if source.prompt_template:
         check_template(f"{key}.prompt_template", source.prompt_template)
     _check_place(key, source)
+
+
+def _check_verdicts(key: str, reward_kind: str) -> None:
+    if not key.startswith(HELD_OUT):
+        raise ConfigError(f"{key}.verdicts=true has no meaning: only data.evals are measured by it; leave it out")
+    if reward_kind in _VERIFIED:
+        raise ConfigError(
+            f"{key}.verdicts=true has no meaning: rewards of kind {reward_kind} are verdicts; leave it out"
+        )
+    if reward_kind not in _OWN_CODE:
+        raise ConfigError(f"{key}.verdicts=true must go with a reward of kind function or remote, not {reward_kind}")
 
 
 def _check_place(key: str, source: SourceConfig) -> None:

@@ -5,10 +5,28 @@ from __future__ import annotations
 import re
 import string
 
+from megatron_rpp.config.data import DataConfig
 from megatron_rpp.config.errors import ConfigError
+from megatron_rpp.config.toml_text import written
 
 DEFAULT = "data.prompt_template"
 _ESCAPES = {"\b": "\\b", "\f": "\\f", "\r": "\\r", "\t": "\\t"}  # what TOML makes of \boxed, \frac, \right, \text
+
+_OF_THE_TRAINER = (  # what it sets itself, or what would change the kind of the result
+    "messages", "conversation", "conversations", "chat_template", "add_generation_prompt", "continue_final_message",
+    "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+)  # fmt: skip
+
+
+def check_chat_template_args(data: DataConfig) -> None:
+    """data.chat_template_args go with a chat template, and do not touch the conversation. Raises ConfigError."""
+    if data.chat_template_args and not data.chat_template:
+        found = f"data.chat_template_args={written(data.chat_template_args)}"
+        raise ConfigError(f"{found} must go with data.chat_template=true; else it does nothing")
+    for name in data.chat_template_args:
+        if name in _OF_THE_TRAINER:
+            raise ConfigError(f"data.chat_template_args.{name} is set by the trainer; leave it out")
 
 
 def check_template(key: str, template: str) -> None:

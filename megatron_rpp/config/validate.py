@@ -14,9 +14,10 @@ from megatron_rpp.config.needs import check_needs
 from megatron_rpp.config.ranges import check_ranges, require_distinct
 from megatron_rpp.config.reward_checks import check_rewards
 from megatron_rpp.config.schema import Config
+from megatron_rpp.config.server_arg_checks import check_server_args
 from megatron_rpp.config.sources import check_sources
 from megatron_rpp.config.speed_checks import check_profile, check_speed
-from megatron_rpp.config.templates import DEFAULT, check_template
+from megatron_rpp.config.templates import DEFAULT, check_chat_template_args, check_template
 from megatron_rpp.config.toml_text import written
 from megatron_rpp.config.urls import is_url
 
@@ -34,6 +35,7 @@ def validate(config: Config, command: Command) -> None:
     """
     check_ranges(flatten(config))
     check_template(DEFAULT, config.data.prompt_template)
+    check_chat_template_args(config.data)
     check_packing(config)
     check_fp8(config)
     check_speed(config)
@@ -50,6 +52,7 @@ def validate(config: Config, command: Command) -> None:
     _check_schedule(config)
     _check_servers(config)
     _check_weight_sync(config)
+    check_server_args(config)
     _check_parity(config)
     check_sources(config)
     check_rewards(config)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_rpp.experience.chat import Chat, Turn
@@ -31,6 +33,18 @@ def conversation(value: Sequence[Any], where: str) -> tuple[dict[str, Any], ...]
     if turns[-1]["role"] == "assistant":
         raise ValueError(f"{where}: the conversation ends with the assistant's turn; end it with the user's")
     return tuple(turns)
+
+
+def check_template_args(args: Mapping[str, Any], template: object, path: Path) -> None:
+    """The chat template of the tokenizer at `path` reads each of data.chat_template_args. Raises ValueError."""
+    for name in args:
+        if not template:
+            raise ValueError(f"{path}: this tokenizer has no chat template; leave data.chat_template_args empty")
+        if not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", str(template)):
+            raise ValueError(
+                f"data.chat_template_args: the chat template of {path} does not read `{name}`; correct the name or "
+                "leave it out"
+            )
 
 
 def as_text(turns: Sequence[Turn]) -> str:

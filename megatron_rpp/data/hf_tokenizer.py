@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 
-from megatron_rpp.data.chat import plain_texts
+from megatron_rpp.data.chat import check_template_args, plain_texts
 from megatron_rpp.data.special_tokens import end_ids, pad_id, read_json, turn_end_token
 from megatron_rpp.experience.chat import Chat, turns_of
 
@@ -21,9 +21,13 @@ _PROBE = "a"
 class HuggingFaceTokenizer:
     """A tokenizer that `transformers` loads from a local directory."""
 
-    def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, trust_remote_code: bool = False, chat_template_args: Mapping[str, Any] | None = None
+    ) -> None:
         self._path = path
         self._tokenizer = _load(path, trust_remote_code)
+        self._template_args = dict(chat_template_args or {})
+        check_template_args(self._template_args, self._tokenizer.chat_template, path)
         special = {str(token): int(i) for i, token in self._tokenizer.added_tokens_decoder.items()}
         # Ids may have holes (added tokens far behind the vocabulary), so the count is not enough.
         self.vocab_size = 1 + max(len(self._tokenizer) - 1, *self._tokenizer.get_vocab().values())
@@ -54,7 +58,9 @@ class HuggingFaceTokenizer:
         if not self._tokenizer.chat_template:
             raise ValueError(f"{self._path}: this tokenizer has no chat template; set data.chat_template = false")
         try:
-            rendered = self._tokenizer.apply_chat_template(turns_of(chat), tokenize=False, add_generation_prompt=True)
+            rendered = self._tokenizer.apply_chat_template(
+                turns_of(chat), tokenize=False, add_generation_prompt=True, **self._template_args
+            )
         except TemplateError as error:
             raise ValueError(f"{self._path}: the chat template refuses {turns_of(chat)}: {error}") from error
         return str(rendered)
@@ -66,7 +72,7 @@ class HuggingFaceTokenizer:
         if not self._tokenizer.chat_template:
             return None
         token = turn_end_token(
-            lambda turns: str(self._tokenizer.apply_chat_template(turns, tokenize=False)),
+            lambda turns: str(self._tokenizer.apply_chat_template(turns, tokenize=False, **self._template_args)),
             special,
             never=(str(self._tokenizer.bos_token or ""),),
         )

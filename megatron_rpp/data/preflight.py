@@ -20,8 +20,6 @@ def check_problems(source: SourceConfig, data: DataConfig, *, needs_answer: bool
     Raises:
         ValueError: as `read_problems`; a column that is not there.
     """
-    if not source.size:
-        return
     if source.kind in _COLUMNS:
         _check_columns(source, data, needs_answer=needs_answer, needs_rate=needs_pass_rate or source.is_filtered)
         return

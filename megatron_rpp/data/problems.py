@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from megatron_rpp.config.data import DataConfig, SourceConfig
-from megatron_rpp.data.jsonl import first_present, list_names, read_jsonl
+from megatron_rpp.data.jsonl import count_jsonl, first_present, list_names, read_jsonl
 from megatron_rpp.data.questions import ask
 from megatron_rpp.data.reasoning_gym import gym_problems
-from megatron_rpp.data.tables import parquet_rows, saved_rows
+from megatron_rpp.data.tables import parquet_count, parquet_rows, saved_count, saved_rows
 
 
 class Record(NamedTuple):
@@ -33,41 +33,58 @@ class Problem:
     pass_rate: float | None  # None where nobody asks for it
 
 
+@dataclass
+class Tally:
+    """What became of the records of a source."""
+
+    used: int = 0
+    filtered: int = 0  # left out by their pass rate
+    unread: int = 0  # behind the last one that `size` leaves room for
+
+    def __str__(self) -> str:
+        return f"{self.used} problems used, {self.filtered} left out by their pass rate, {self.unread} left unread"
+
+
 def read_problems(
-    source: SourceConfig, data: DataConfig, *, needs_answer: bool = True, needs_pass_rate: bool = False
+    source: SourceConfig,
+    data: DataConfig,
+    *,
+    needs_answer: bool = True,
+    needs_pass_rate: bool = False,
+    tally: Tally | None = None,
 ) -> Iterator[Problem]:
-    """The first `source.size` problems that its filter lets through.
+    """The problems that the source's filter lets through: all, or the first `source.size`.
 
     Args:
         source: where they are.
         data: gives chat_template, and prompt_template where the source has none.
         needs_answer: a problem without one is an error; else its answer is "".
         needs_pass_rate: so is one without a pass rate, as it always is where the source is filtered.
+        tally: new; is filled, and right once the last problem has been taken.
 
     Raises:
         ValueError: a record that cannot be read, a key that is missing or of the wrong kind, a filter that leaves
             nothing.
     """
-    if source.size == 0:
-        return
     needs_pass_rate = needs_pass_rate or source.is_filtered
-    kept = dropped = 0
+    tally = tally or Tally()
     for where, fields, metadata in read_records(source):
         pass_rate = _pass_rate(fields, source.pass_rate_key, where) if needs_pass_rate else None
         if pass_rate is not None and not source.min_pass_rate <= pass_rate <= source.max_pass_rate:
-            dropped += 1
+            tally.filtered += 1
             continue
         text, turns = ask(source, data, fields, where)
         answer = answer_of(fields, source.answer_key, where, is_needed=needs_answer)
+        tally.used += 1
         yield Problem(where, text, turns, answer, metadata, pass_rate)
-        kept += 1
-        if kept == source.size:
+        if tally.used == source.size:
+            tally.unread = _COUNTS[source.kind](source) - tally.used - tally.filtered
             return
-    if not kept and not dropped:
+    if not tally.used and not tally.filtered:
         raise ValueError(f"{source.path}: holds no problems; one row is one problem")
-    if not kept:
+    if not tally.used:
         raise ValueError(
-            f"{source.path}: none of its {dropped} problems has a `{source.pass_rate_key}` from "
+            f"{source.path}: none of its {tally.filtered} problems has a `{source.pass_rate_key}` from "
             f"{source.min_pass_rate} to {source.max_pass_rate}; widen min_pass_rate and max_pass_rate of the source"
         )
 
@@ -96,6 +113,13 @@ _READERS: dict[str, Callable[[SourceConfig], Iterator[Record]]] = {
     "parquet": _table_records,
     "huggingface": _table_records,
     "reasoning_gym": _gym_records,
+}
+
+_COUNTS: dict[str, Callable[[SourceConfig], int]] = {
+    "jsonl": lambda source: count_jsonl(source.path),
+    "parquet": parquet_count,
+    "huggingface": saved_count,
+    "reasoning_gym": lambda source: source.size,  # it has generated no more
 }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from megatron_rpp.config.data import DataConfig, SourceConfig
@@ -11,10 +13,14 @@ from megatron_rpp.config.schema import Config
 from megatron_rpp.config.sources import held_out_sources, is_verified, training_sources
 from megatron_rpp.config.templates import DEFAULT
 from megatron_rpp.data.jsonl import first_present, read_jsonl
-from megatron_rpp.data.problems import read_problems
+from megatron_rpp.data.problems import Tally, read_problems
 from megatron_rpp.data.questions import format_prompt
 from megatron_rpp.data.tokenizer import Tokenizer
 from megatron_rpp.experience.types import Prompt
+
+logger = logging.getLogger(__name__)
+
+_TAIL = 16  # tokens: more than `<think>` and line ends are
 
 
 def load_training_prompts(config: Config, tokenizer: Tokenizer) -> list[Prompt]:
@@ -26,7 +32,7 @@ def load_training_prompts(config: Config, tokenizer: Tokenizer) -> list[Prompt]:
 def load_eval_prompts(config: Config, tokenizer: Tokenizer) -> list[Prompt]:
     """At most eval.num_prompts of each held-out set, told apart by Prompt.source; none where nothing is evaluated."""
     most = config.eval.num_prompts
-    sources = {name: replace(s, size=min(s.size, most)) for name, s in held_out_sources(config).items()}
+    sources = {name: replace(s, size=min(s.size or most, most)) for name, s in held_out_sources(config).items()}
     return _load_all(sources, config, tokenizer, needs_pass_rate=False)
 
 
@@ -39,13 +45,18 @@ def _load_all(
             source,
             config.data,
             tokenizer,
-            max_prompt_tokens=config.rollout.context_length - config.rollout.max_response_tokens,
+            max_prompt_tokens=prompt_limit(config),
             name=name,
             first_id=len(prompts),
             needs_answer=is_verified(config, source),
             needs_pass_rate=needs_pass_rate,
         )
     return prompts
+
+
+def prompt_limit(config: Config) -> int:
+    """The most tokens of a prompt: what the longest response leaves of the context."""
+    return config.rollout.context_length - config.rollout.max_response_tokens
 
 
 def load_prompts(
@@ -62,40 +73,53 @@ def load_prompts(
     """All prompts of one source, tokenized.
 
     Args:
-        source: of data.sources or data.evals, data.train or data.eval.
+        source: data.train, or of data.sources or data.evals.
         data: gives chat_template, and prompt_template where the source has none.
         tokenizer: of the policy.
-        max_prompt_tokens: rollout.context_length - rollout.max_response_tokens.
-        name: of the source; empty for data.train and data.eval.
+        max_prompt_tokens: `prompt_limit`.
+        name: of the source; empty for data.train.
         first_id: of the first prompt.
         needs_answer, needs_pass_rate: as `read_problems`.
 
     Raises:
         ValueError: as `read_problems`; a prompt that is too long.
     """
-    problems = list(read_problems(source, data, needs_answer=needs_answer, needs_pass_rate=needs_pass_rate))
+    tally = Tally()
+    problems = list(
+        read_problems(source, data, needs_answer=needs_answer, needs_pass_rate=needs_pass_rate, tally=tally)
+    )
+    logger.info("%s: %s", f"{name} ({source.path or source.task})" if name else source.path or source.task, tally)
     ids = tokenizer.encode_prompts([p.turns or p.text for p in problems], chat=data.chat_template)
     for problem, tokens in zip(problems, ids, strict=True):
         _check_length(problem.where, len(tokens), max_prompt_tokens)
     return [
-        Prompt(i, p.text, tuple(tokens), p.answer, p.metadata, source=name, pass_rate=p.pass_rate, turns=p.turns)
+        Prompt(
+            i, p.text, tuple(tokens), p.answer, p.metadata, source=name, pass_rate=p.pass_rate, turns=p.turns,
+            opens_thought=tokenizer.decode(tokens[-_TAIL:]).rstrip().endswith("<think>"),
+        )
         for i, (p, tokens) in enumerate(zip(problems, ids, strict=True), start=first_id)
-    ]
+    ]  # fmt: skip
 
 
 def load_demonstrations(
-    path: str | Path, tokenizer: Tokenizer, data: DataConfig, *, max_tokens: int | None = None
+    path: str | Path,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    *,
+    max_tokens: int | None = None,
+    most: int | None = None,
 ) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, response ids with one end token) of each demonstration, for supervised training.
 
     Prompts are formatted and tokenized exactly as `load_prompts` does, so that the warm start sees
-    what reinforcement learning will ask. `max_tokens` limits prompt plus response.
+    what reinforcement learning will ask. `max_tokens` limits prompt plus response; of the file
+    the first `most` are read, else all.
 
     Raises:
         ValueError: as `load_prompts`; the keys are `prompt`, unless data.prompt_template names others,
             and `response` or `answer`.
     """
-    records = [(f"{path}:{number}", record) for number, record in read_jsonl(path)]
+    records = [(f"{path}:{number}", record) for number, record in islice(read_jsonl(path), most)]
     texts = [format_prompt(DEFAULT, data.prompt_template, record, where) for where, record in records]
     responses = [first_present(record, ("response", "answer"), where) for where, record in records]
     prompt_ids = tokenizer.encode_prompts(texts, chat=data.chat_template)

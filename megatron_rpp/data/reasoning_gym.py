@@ -9,6 +9,8 @@ from typing import Any
 
 from megatron_rpp.config.data import SourceConfig
 
+_SIZE = 25_000  # the paper's number of samples
+
 
 def gym_problems(source: SourceConfig) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """(template fields, whole entry) of each problem.
@@ -41,8 +43,13 @@ def open_task(source: SourceConfig) -> Any:
     # reasoning-gym seeds problem i with seed + i: seeds 0 and 1 would share all problems but one.
     seed = Random(source.seed).randrange(2**31)
     try:
-        return reasoning_gym.create_dataset(source.task, size=source.size, seed=seed, **source.task_args)
+        return reasoning_gym.create_dataset(source.task, size=_size(source), seed=seed, **source.task_args)
     except (TypeError, AssertionError, ValueError) as error:
         raise ValueError(
-            f"reasoning_gym task {source.task}: task_args={source.task_args} with size={source.size}: {error}"
+            f"reasoning_gym task {source.task}: task_args={source.task_args} with size={_size(source)}: {error}"
         ) from error
+
+
+def _size(source: SourceConfig) -> int:
+    """How many problems are generated."""
+    return source.size or _SIZE

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 
-from megatron_rpp.data.chat import plain_texts
+from megatron_rpp.data.chat import check_template_args, plain_texts
 from megatron_rpp.data.hf_tokenizer import with_prefix
 from megatron_rpp.data.special_tokens import end_ids, pad_id, read_json, turn_end_token
 from megatron_rpp.experience.chat import Chat, turns_of
@@ -23,7 +23,7 @@ class SentencePieceTokenizer:
     is encoded by itself, as Meta's Llama 2 code does with the turns of a dialogue.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, chat_template_args: Mapping[str, Any] | None = None) -> None:
         import sentencepiece
 
         file = path / "tokenizer.model"
@@ -33,6 +33,8 @@ class SentencePieceTokenizer:
             raise ValueError(f"{file}: not a sentencepiece model: {error}") from error
         self._path = path
         self.chat_template = read_chat_template(path)
+        self._template_args = dict(chat_template_args or {})
+        check_template_args(self._template_args, self.chat_template, path)
         self.vocab_size = int(self._model.vocab_size())
         ids = range(self.vocab_size)
         special = (i for i in ids if self._model.is_control(i) or self._model.is_unknown(i))
@@ -91,7 +93,7 @@ class SentencePieceTokenizer:
         # The function, and so the sandbox, in which transformers renders the exported directory's template.
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        names: dict[str, Any] = {**self.named_tokens()}
+        names: dict[str, Any] = {**self.named_tokens(), **self._template_args}
         rendered: Any = render_jinja_template(
             [turns], chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, **names
         )

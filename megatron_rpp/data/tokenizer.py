@@ -5,9 +5,9 @@ Only local directories are read; nothing here asks the network, and no code of a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron_rpp.experience.chat import Chat
 
@@ -51,16 +51,19 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Tokenizer:
+def load_tokenizer(
+    path: str | Path, *, trust_remote_code: bool = False, chat_template_args: Mapping[str, Any] | None = None
+) -> Tokenizer:
     """The tokenizer of a Hugging Face directory, or of one that holds only `tokenizer.model`.
 
     Args:
         path: the directory.
         trust_remote_code: run the Python files in it, where the tokenizer is written in them.
+        chat_template_args: what the chat template is given beside the conversation (data.chat_template_args).
 
     Raises:
         ValueError: there is no such directory, no tokenizer or end token in it, or only one that needs
-            trust_remote_code.
+            trust_remote_code; or its chat template does not read one of chat_template_args.
     """
     path = Path(path)
     if not path.is_dir():
@@ -68,11 +71,11 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Toke
     if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         from megatron_rpp.data.hf_tokenizer import HuggingFaceTokenizer
 
-        return HuggingFaceTokenizer(path, trust_remote_code=trust_remote_code)
+        return HuggingFaceTokenizer(path, trust_remote_code=trust_remote_code, chat_template_args=chat_template_args)
     if (path / "tokenizer.model").is_file():
         from megatron_rpp.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
-        return SentencePieceTokenizer(path)
+        return SentencePieceTokenizer(path, chat_template_args=chat_template_args)
     raise ValueError(
         f"{path}: no tokenizer here; copy the model's tokenizer.json (with tokenizer_config.json) "
         "or tokenizer.model into it"

@@ -1,4 +1,4 @@
-"""The held-out sets in a run's metrics: eval/accuracy is of the unnamed one, eval/NAME/accuracy of others."""
+"""The held-out sets in a run's metrics: eval/NAME/accuracy. In older runs eval/accuracy is of one without a name."""
 
 from __future__ import annotations
 

@@ -94,6 +94,25 @@ def test_a_bad_override_says_what_to_change(override: str, message: str) -> None
     assert str(caught.value).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ('[data.eval]\npath = "a.jsonl"', "data.eval.path in {}; a held-out set has a name: data.evals.NAME.path"),
+        (
+            '[data]\neval = { kind = "parquet" }',
+            "data.eval.kind in {}; a held-out set has a name: data.evals.NAME.kind",
+        ),
+        ("[data.eval]", "data.eval in {}; a held-out set has a name: data.evals.NAME"),
+        ("[data.evals.x]\npaht = 1", "data.evals.x.paht in {}; did you mean data.evals.x.path?"),
+    ],
+)
+def test_a_held_out_set_without_a_name_is_told_where_to_put_it(tmp_path: Path, text: str, meant: str) -> None:
+    path = write(tmp_path / "a.toml", text)
+    with pytest.raises(ConfigError) as caught:
+        load_config([path], [])
+    assert str(caught.value) == "unknown key " + meant.format(path)
+
+
 def test_a_missing_file_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read configuration .*absent\.toml: No such file"):
         load_config([str(tmp_path / "absent.toml")], [])
@@ -104,7 +123,7 @@ def test_a_missing_file_is_a_config_error(tmp_path: Path) -> None:
     [
         [],
         ['--run.dir=quo"te \\ tab\t\x7f é', "--optimizer.lr=1e-22", "--parallel.sequence=true"],
-        ["--rollout.server_args=--a,--b=3", '--data.eval.task_args={"a b" = 1, c = {d = [1.5, true]}}'],
+        ["--rollout.server_args=--a,--b=3", '--data.evals.x.task_args={"a b" = 1, c = {d = [1.5, true]}}'],
         ["--data.train.task_args={day = 2026-01-31}"],
     ],
 )
@@ -124,7 +143,7 @@ def test_every_docstring_is_one_line() -> None:
 
 def test_describe_gives_types_and_the_defaults_in_force() -> None:
     rows = {key: (kind, default) for key, kind, default, _ in describe()}
-    assert rows["data.train.size"] == ("int", 25_000)
+    assert rows["data.train.size"] == ("int", 0)
     assert rows["eval.num_prompts"] == ("int", 256)
     assert rows["rollout.urls"] == ("list of str", ())
     assert rows["data.train.task_args"] == ("table", {})

@@ -16,6 +16,7 @@ from megatron_rpp.config.validate import validate
 Make = Callable[..., Config]
 AS_FLAGS = {
     "fp8.params": "true",
+    "eval.pass_at": "1",
     "memory.recompute_modules": "mlp,moe",
     "reward.model_urls": "http://a:1",
     "reward.model_server_args": "--x",
@@ -29,6 +30,7 @@ AS_FLAGS = {
     [
         ("fp8.params", True, "fp8.recipe, such as blockwise"),
         ("memory.recompute_modules", ("mlp", "moe"), "memory.recompute=selective"),
+        ("eval.pass_at", (1,), "a set of data.evals whose rewards are verdicts, by kind math_answer or"),
         ("reward.function", "a.b:f", "reward.kind=function, or such a reward of a source"),
         ("reward.url", "http://a:1", "reward.kind=remote, or such a reward of a source"),
         ("reward.model_path", "m", "reward.kind=model, or such a reward of a source"),
@@ -43,7 +45,7 @@ AS_FLAGS = {
         ("data.train.task_args", {"a": 1}, "data.train.kind=reasoning_gym"),
         ("data.train.seed", 1, "data.train.kind=reasoning_gym"),
         ("data.train.split", "test", "data.train.kind=huggingface"),
-        ("data.eval.split", "test", "data.eval.kind=huggingface"),
+        ("data.evals.x.split", "test", "data.evals.x.kind=huggingface"),
         ("data.evals.x.seed", 3, "data.evals.x.kind=reasoning_gym"),
     ],
 )

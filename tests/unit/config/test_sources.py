@@ -51,18 +51,18 @@ def test_named_sources_come_from_files_and_the_command_line(tmp_path: Path) -> N
         ("chains", 1.5),
         ("new_one", 0),
     ]
-    assert sources["chains"].task_args == {"min_terms": 2} and sources["new_one"].size == 25_000
+    assert sources["chains"].task_args == {"min_terms": 2} and sources["new_one"].size == 0
     assert list(held_out_sources(config)) == ["aime-24"] and config.eval.pass_at == (2, 4)
     (tmp_path / "resolved.toml").write_text(dump_toml(config))
     assert load_config([str(tmp_path / "resolved.toml")], []) == config
     assert build(flatten(config)) == config
 
 
-def test_without_named_sources_data_train_and_data_eval_are_used() -> None:
-    config = load_config([], ["--data.train.path=a", "--data.eval.path=b"])
+def test_without_named_sources_data_train_is_used_and_nothing_is_held_out() -> None:
+    config = load_config([], ["--data.train.path=a", "--data.evals.x.path=b"])
     assert training_sources(config.data) == {"": config.data.train}
-    assert held_out_sources(config) == {"": config.data.eval}
-    assert held_out_sources(load_config([], ["--data.eval.path=b", "--eval.interval=0"])) == {}
+    assert held_out_sources(config) == {"x": config.data.evals["x"]}
+    assert held_out_sources(load_config([], ["--data.evals.x.path=b", "--eval.interval=0"])) == {}
     assert held_out_sources(load_config([], [])) == {}
 
 
@@ -161,17 +161,81 @@ def test_a_source_that_cannot_run_is_named(make: Make, files: Path, changes: dic
     assert str(caught.value).startswith(message)
 
 
-def test_a_held_out_set_that_is_trained_on_is_refused_by_either_name(make: Make, files: Path) -> None:
+def test_a_held_out_set_that_is_trained_on_is_refused(make: Make, files: Path) -> None:
     math = str(files / "math.jsonl")
     with pytest.raises(ConfigError, match=r"data\.evals\.aime must differ from data\.sources\.math, in its path"):
         validate(make({**sources(files), "data.evals.aime.path": math}), "train")
-    with pytest.raises(ConfigError, match=r"data\.eval must differ from data\.sources\.math"):
-        validate(make({**sources(files), "data.eval.path": math}), "train")
     other_way = str(files / "." / "sub" / ".." / "math.jsonl")
     (files / "sub").mkdir()
-    asked = {"data.eval.path": other_way, "data.eval.answer_key": "solution", "data.eval.prompt_template": "{problem}"}
-    with pytest.raises(ConfigError, match=r"data\.eval must differ from data\.sources\.math"):
-        validate(make({**sources(files), **asked, "data.eval.min_pass_rate": 0.75}), "train")
+    asked = {"path": other_way, "answer_key": "solution", "prompt_template": "{problem}", "min_pass_rate": 0.75}
+    with pytest.raises(
+        ConfigError, match=r"data\.evals\.x must differ from data\.sources\.math, .* both ends included"
+    ):
+        validate(make({**sources(files), **{f"data.evals.x.{key}": value for key, value in asked.items()}}), "train")
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "is_refused"),
+    [
+        ({"max_pass_rate": 0.5}, {"min_pass_rate": 0.51}, False),
+        ({"min_pass_rate": 0.75}, {"max_pass_rate": 0.5}, False),
+        ({"max_pass_rate": 0.5}, {"min_pass_rate": 0.5}, True),  # both ends belong to a slice
+        ({"min_pass_rate": 0.2, "max_pass_rate": 0.8}, {"min_pass_rate": 0.4, "max_pass_rate": 0.6}, True),
+        ({"max_pass_rate": 0.5}, {"min_pass_rate": 0.51, "pass_rate_key": "other"}, True),
+        ({}, {"min_pass_rate": 0.9}, True),
+    ],
+)
+def test_slices_of_a_file_are_trained_on_and_held_out_only_where_they_do_not_meet(
+    make: Make, files: Path, train: dict[str, Any], held_out: dict[str, Any], is_refused: bool
+) -> None:
+    config = make({
+        **sources(files), "data.evals.aime.path": str(files / "math.jsonl"),
+        **{f"data.sources.math.{key}": value for key, value in train.items()},
+        **{f"data.evals.aime.{key}": value for key, value in held_out.items()},
+    })  # fmt: skip
+    if is_refused:
+        with pytest.raises(ConfigError, match=r"data\.evals\.aime must differ from data\.sources\.math"):
+            validate(config, "train")
+    else:
+        validate(config, "train")
+
+
+OWN_CODE = {"data.evals.aime.reward": "remote", "reward.url": "http://a:1"}
+PASS_AT = {"eval.samples": 4, "eval.pass_at": (4,)}
+
+
+def test_pass_at_is_refused_where_no_set_has_verdicts(make: Make, files: Path) -> None:
+    validate(make({**sources(files), **PASS_AT}), "train")
+    with pytest.raises(
+        ConfigError, match=r"eval\.pass_at=4 must go with a set of data\.evals whose rewards are verdicts"
+    ):
+        validate(make({**sources(files), **OWN_CODE, **PASS_AT}), "train")
+    validate(make({**sources(files), **OWN_CODE, **PASS_AT, "data.evals.aime.verdicts": True}), "train")
+    validate(make({**sources(files), **OWN_CODE, **PASS_AT, "data.evals.x.path": str(files / "rows.parquet"),
+                   "data.evals.x.kind": "parquet"}), "train")  # fmt: skip
+    validate(make({**sources(files), **PASS_AT, "eval.interval": 0}), "train")  # nothing is evaluated for now
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.sources.math.verdicts": True}, "data.sources.math.verdicts=true has no meaning: only data.evals"),
+        (
+            {"data.evals.aime.verdicts": True},
+            "data.evals.aime.verdicts=true has no meaning: rewards of kind math_answer",
+        ),
+        (
+            {"data.evals.aime.verdicts": True, "data.evals.aime.reward": "model"},
+            "data.evals.aime.verdicts=true must go with a reward of kind function or remote, not model",
+        ),
+    ],
+)
+def test_verdicts_are_promised_only_where_that_acts(
+    make: Make, files: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(make({**sources(files), **changes}), "train")
+    assert str(caught.value).startswith(message)
 
 
 def test_a_parquet_file_that_is_read_as_lines_is_told(make: Make, files: Path) -> None:

@@ -82,7 +82,7 @@ def test_valid_configurations_pass(make: Make) -> None:
         ({"rollout.port": 65536}, "rollout.port=65536 must be a port from 1 to 65535, or 0 for a free one"),
         ({"data.train.path": ""}, "data.train.path is not set; pass --data.train.path=FILE.jsonl"),
         ({"data.train.path": "/absent.jsonl"}, "data.train.path=/absent.jsonl must be an existing file"),
-        ({"data.eval.kind": "reasoning_gym"}, "data.eval.task is not set"),
+        ({"data.evals.x.kind": "reasoning_gym"}, "data.evals.x.task is not set"),
         ({"data.train.kind": "reasoning_gym"}, "data.train.task is not set"),
         (
             {"reward.kind": "reasoning_gym"},

@@ -72,7 +72,7 @@ def test_a_jsonl_object_becomes_a_prompt(tmp_path: Path) -> None:
 def test_size_limits_how_many_lines_are_read(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", *({"prompt": str(i), "answer": "0"} for i in range(5)))
     assert [p.text for p in load(SourceConfig(path=path, size=3))] == ["0", "1", "2"]
-    assert load(SourceConfig(path=path, size=0)) == []
+    assert [p.text for p in load(SourceConfig(path=path, size=0))] == ["0", "1", "2", "3", "4"]
 
 
 def test_chat_template_wraps_the_formatted_prompt(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_an_unknown_template_key_lists_the_entry_keys() -> None:
 
 def test_loading_25_000_problems_is_fast() -> None:
     start = time.perf_counter()
-    source = SourceConfig(kind="reasoning_gym", task="chain_sum", size=25_000)
+    source = SourceConfig(kind="reasoning_gym", task="chain_sum")  # of size 0: this many
     assert len(load(source, "{expression}=")) == 25_000
     assert time.perf_counter() - start < 10.0
 
