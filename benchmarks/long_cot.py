@@ -1,6 +1,7 @@
 """Long chain-of-thought on a recorded long-tail length distribution: packing, balance, and idle time of the rollout.
 
-    python -m benchmarks.long_cot [--part all|train|rollout] [--scale 16] [--rows 32] [--repeats 3] [--dir FOLDER]
+    python -m benchmarks.long_cot [--part all|train|rollout|schedule] [--scale 16] [--rows 32] [--repeats 3]
+        [--rollout-scale 64] [--rollout-steps 13] [--rollout-modes over_sampling_1.5 ...] [--dir FOLDER]
 
 benchmarks/data/long_cot_lengths.json has the lengths, up to 30,000 tokens, and where they are from. On CPU:
 
@@ -10,6 +11,8 @@ benchmarks/data/long_cot_lengths.json has the lengths, up to 30,000 tokens, and 
   their proportion; 2 of its 28 layers. A microbatch holds at most as many positions in every mode: one row of the
   largest size.
 - balance: predicted cost of 8 replicas, at full length, for Qwen2.5-7B; nothing is trained.
+- schedule: the scheduling alone, on a clock that jumps, with servers whose speed no load changes
+  (benchmarks/long_cot_schedule.py); part of `rollout`.
 - rollout: the loop with a real SGLang server, without and with over-sampling (schedule.over_sampling), where each
   response is as long as a recorded one over --rollout-scale.
 
@@ -18,8 +21,10 @@ The last line is one JSON object. speedup_over_padding: seconds of the steps pad
 of the positions that the model ran over, packed, which held no token. dp_imbalance: predicted cost of the largest
 replica over the mean, less 1, mean over optimizer steps. idle_fraction by mode: of the engine, 1 - used slots /
 (slots x time) over whole steps, a slot being a request that the server may run at once; of the trainer, the share of a
-step's time in which it waits for responses. tail_s by mode: seconds of a step's sampling with less than half of the
-slots in use.
+step's time in which it waits for responses. rollout_s and tail_s by mode: seconds of a step's sampling, and of these
+with fewer than half of a plain step's requests running; rollout_ratio and tail_ratio: over those of the plain mode.
+model_rollout_ratio and model_wasted_tokens by mode: of `schedule`, time over that of the plain mode, and the share of
+the sampled tokens that nobody trains on.
 """
 
 from __future__ import annotations
@@ -34,7 +39,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.long_cot_lengths import Lengths, load
+from benchmarks.long_cot_lengths import MODES, Lengths, load
 from megatron_rpp.parallel.local_launch import launch_local
 
 Result = dict[str, Any]
@@ -49,10 +54,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.dir, prefix="long-cot-") as scratch:
         if args.part in ("all", "train"):
             found |= train_part(lengths, Path(scratch), args)
+        if args.part in ("all", "rollout", "schedule"):
+            from benchmarks.long_cot_schedule import model_part, print_model
+
+            found |= model_part(lengths, steps=150)
+            print_model(found)
         if args.part in ("all", "rollout"):
             from benchmarks.long_cot_rollout import rollout_part
 
-            found |= rollout_part(lengths, Path(scratch), args.rollout_scale, args.rollout_steps)
+            found |= rollout_part(lengths, Path(scratch), args.rollout_scale, args.rollout_steps, args.rollout_modes)
     print(json.dumps(found))
 
 
@@ -162,12 +172,13 @@ def print_balance(found: Mapping[str, float]) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("all", "train", "rollout"), default="all")
+    parser.add_argument("--part", choices=("all", "train", "rollout", "schedule"), default="all")
     parser.add_argument("--scale", type=int, default=16, help="of lengths and the model's width; 8, 16 or 32")
     parser.add_argument("--rows", type=int, default=32, help="responses of a step, in the training half")
     parser.add_argument("--repeats", type=int, default=3, help="of the training half")
-    parser.add_argument("--rollout-scale", type=int, default=128, help="of lengths in the rollout half")
-    parser.add_argument("--rollout-steps", type=int, default=12, help="of each mode; the first is not counted")
+    parser.add_argument("--rollout-scale", type=int, default=64, help="of lengths in the rollout half; at least 32")
+    parser.add_argument("--rollout-steps", type=int, default=13, help="of each mode; the first is not counted")
+    parser.add_argument("--rollout-modes", nargs="*", default=list(MODES), choices=list(MODES), help="beside plain")
     parser.add_argument("--dir", help="where to work (default: the system's temporary folder)")
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""The recorded lengths of long chain-of-thought responses, and batches drawn from them."""
+"""The recorded lengths of long chain-of-thought responses, batches drawn from them; modes of the rollout half."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import Any
 
 RECORD = Path(__file__).parent / "data" / "long_cot_lengths.json"
+PROMPTS, SAMPLES = 16, 4  # of a step, in the rollout half
+MODES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "over_sampling_1.25": {"schedule.over_sampling": 1.25},
+    "over_sampling_1.5": {"schedule.over_sampling": 1.5},
+    "over_sampling_2": {"schedule.over_sampling": 2.0},
+}
 
 
 @dataclass(frozen=True)

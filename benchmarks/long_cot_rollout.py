@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from benchmarks.long_cot_lengths import Lengths
+from benchmarks.long_cot_lengths import MODES, PROMPTS, SAMPLES, Lengths
 from benchmarks.long_cot_proxy import LengthProxy
 from megatron_rpp.config.rollout import RolloutConfig
 from megatron_rpp.observability.writers import read_metrics
@@ -26,15 +26,9 @@ from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.rollout.sglang_server import SGLangServer
 
 Result = dict[str, Any]
-MODES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "over_sampling_1.25": {"schedule.over_sampling": 1.25},
-    "over_sampling_1.5": {"schedule.over_sampling": 1.5},
-    "over_sampling_2": {"schedule.over_sampling": 2.0},
-}
-PROMPTS, SAMPLES = 16, 4
-SLOTS = PROMPTS * SAMPLES  # requests that the server runs at once: a plain step's; others wait in its queue
-POSITIONS = 512
+PLAIN = PROMPTS * SAMPLES  # requests of a plain step
+SLOTS = 2 * PLAIN  # requests that the server runs at once: all that the largest over-sampling asks for
+POSITIONS = 1024
 
 
 @dataclass(frozen=True)
@@ -54,8 +48,8 @@ class Step:
     step_s: float
 
 
-def rollout_part(lengths: Lengths, folder: Path, scale: int, steps: int) -> Result:
-    """Every mode in turn."""
+def rollout_part(lengths: Lengths, folder: Path, scale: int, steps: int, modes: Sequence[str]) -> Result:
+    """Of MODES those named, in turn, the plain one first."""
     short = lengths.scaled(scale)
     model, data = folder / "rollout-model", folder / "prompts.jsonl"
     write_start(model, data)
@@ -70,7 +64,7 @@ def rollout_part(lengths: Lengths, folder: Path, scale: int, steps: int) -> Resu
     found = {}
     try:
         server.wait_ready(rollout.startup_deadline_s)
-        for mode, settings in MODES.items():
+        for mode, settings in ((mode, MODES[mode]) for mode in MODES if mode in ("plain", *modes)):
             with LengthProxy(server.url, short) as proxy, Watch(server.url) as watch:
                 run_dir = folder / mode
                 train(run_dir, model, data, proxy.url, steps, settings)
@@ -84,7 +78,10 @@ def rollout_part(lengths: Lengths, folder: Path, scale: int, steps: int) -> Resu
             mode: {who: of[f"{who}_idle"] for who in ("engine", "trainer")} for mode, of in found.items()
         },
         **{key: {mode: of[key] for mode, of in found.items()} for key in keys},
-        "tail_ratio": {mode: of["tail_s"] / found["plain"]["tail_s"] for mode, of in found.items()},
+        **{
+            f"{key.removesuffix('_s')}_ratio": {mode: of[key] / found["plain"][key] for mode, of in found.items()}
+            for key in ("rollout_s", "tail_s")
+        },
     }
 
 
@@ -104,7 +101,7 @@ def train(run_dir: Path, model: Path, data: Path, url: str, steps: int, settings
         "run.dir": run_dir, "run.steps": steps, "model.path": model, "rollout.urls": url,
         "rollout.num_prompts": PROMPTS, "algorithm.num_samples_per_prompt": SAMPLES, "algorithm.kl_coef": 0,
         "rollout.context_length": POSITIONS, "rollout.max_response_tokens": POSITIONS - 16,
-        "train.batch_size": SLOTS, "train.micro_batch_tokens": 2 * POSITIONS, "optimizer.lr": 1e-6,
+        "train.batch_size": PLAIN, "train.micro_batch_tokens": 2 * POSITIONS, "optimizer.lr": 1e-6,
         "data.prompt_template": "{expression}=", "data.train.kind": "jsonl", "data.train.path": data,
         "eval.interval": 0, "checkpoint.interval": 0, "rollout.record": "off", "parity.stop": 0, **settings,
     }  # fmt: skip
@@ -164,7 +161,7 @@ def summarize(steps: Sequence[Step], loads: Sequence[Load]) -> dict[str, float]:
         total += step.step_s
         for load, until in zip(loads, [*(each.at for each in loads[1:]), float("inf")], strict=True):
             used += load.running * overlap(load.at, until, step.start, end)
-            if load.running < SLOTS / 2:
+            if load.running < PLAIN / 2:
                 tail += overlap(load.at, until, step.start, sampled)
     return {
         "engine_idle": 1 - used / (SLOTS * total),

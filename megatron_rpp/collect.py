@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -82,6 +83,8 @@ def _sample_round(s: Session, step: int, before: Sequence[_Round]) -> _Round:
         quota=quota,
         sampling=s.sampling(step),
         first_group_id=sum(len(each.step.draws) for each in before),
+        began=before[0].step.began if before else time.monotonic(),
+        tokens_before=sum(report.tokens for each in before for report in each.reports),
     )
     reports, groups = _sample(s, wanted)
     settlement = settle(reports, quota.groups, wanted.awaited)

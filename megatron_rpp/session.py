@@ -42,6 +42,7 @@ from megatron_rpp.reward.protocol import Reward
 from megatron_rpp.rollout.protocol import SamplingParams
 from megatron_rpp.rollout.reward_reach import open_reward_services
 from megatron_rpp.rollout.sglang_client import SGLangClient
+from megatron_rpp.rollout.shared_load import SharedLoad
 from megatron_rpp.session_parts import (
     build_models,
     build_prompt_source,
@@ -112,20 +113,22 @@ class Session:
     def save(self, step: int, *, wait: bool = False, replace: bool = False) -> None:
         """Write the checkpoint of the state after `step` rollout batches. A collective over the whole job.
 
-        wait: return when it is whole; otherwise checkpoint.background says. replace: one of that step, too.
+        wait: return when it is whole; otherwise checkpoint.background says. replace: one of that step, too. The next
+        step's metrics have the time and the memory that it took.
         """
-        state = RunState(
-            step=step,
-            prompts=self.prompt_source.state_dict(),
-            schedule=self.optimizer.schedule.state_dict(),
-            shaping=asdict(self.shaping),
-            parity=self.parity.state_dict(),
-            layout=asdict(self.config.parallel),
-        )
-        if self.offload.moves_optimizer:
-            self.rollout_engine.release_memory()  # which would leave no room for it; the next sampling syncs anew
-        with self.offload.saving():
-            self.checkpointer.save(self.policy, self.optimizer, state, self.reference, wait=wait, replace=replace)
+        with self.phase("save"):
+            state = RunState(
+                step=step,
+                prompts=self.prompt_source.state_dict(),
+                schedule=self.optimizer.schedule.state_dict(),
+                shaping=asdict(self.shaping),
+                parity=self.parity.state_dict(),
+                layout=asdict(self.config.parallel),
+            )
+            if self.offload.moves_optimizer:
+                self.rollout_engine.release_memory()  # which would leave no room for it; the next sampling syncs anew
+            with self.offload.saving():
+                self.checkpointer.save(self.policy, self.optimizer, state, self.reference, wait=wait, replace=replace)
 
 
 @contextmanager
@@ -147,7 +150,11 @@ def open_session(config: Config, *, resume: Resume) -> Iterator[Session]:
         check_allocator(config, os.environ)
         check_can_compute(config, resolve_layer_spec(config.model.layer_spec))
         uses_fused_logprobs(config.train.fused_logprobs)  # or it cannot be
-        tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+        tokenizer = load_tokenizer(
+            config.model.path,
+            trust_remote_code=config.model.trust_remote_code,
+            chat_template_args=config.data.chat_template_args,
+        )
         hf = read_hf_config(config.model.path)
         check_vocabulary(tokenizer, hf.vocab_size, config.model.path)
         check_weight_sync(config, hf)
@@ -155,6 +162,7 @@ def open_session(config: Config, *, resume: Resume) -> Iterator[Session]:
         services = stack.enter_context(open_reward_services(config, parallel))
         reward, eval_reward = open_rewards(config, services.model_urls, stack)
         client = SGLangClient((), config.rollout, tokenizer.decode)
+        client.shared = SharedLoad(parallel.store) if parallel.dp_size > 1 else None
         # Servers that share the trainer's GPUs size their cache by what is free when they start.
         shares_gpus = config.rollout.release_memory
         fleet = None if shares_gpus else open_fleet(config, parallel, stack)

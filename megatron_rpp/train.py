@@ -52,6 +52,8 @@ def train_on_one_batch(s: Session, step: int) -> None:
             with s.phase("reward"):
                 rewards = from_replica_leader(s.parallel, lambda: s.reward(rollouts))
         baselines = greedy_rewards(s, rollouts)
+        with s.phase("parity"):
+            s.parity.ask_while_awake(rollouts)
         s.rollout_engine.release_memory()
         with s.phase("balance"):
             sampled = ReplicaShare(rollouts, rewards, baselines)

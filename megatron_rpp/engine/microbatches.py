@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from megatron_rpp.config.schema import TrainConfig
+from megatron_rpp.experience.balance import SequenceCost
 from megatron_rpp.experience.collate import split_microbatches
 from megatron_rpp.experience.packing import Microbatch, PackingRule, cut, lengths_of, pack, packed_length, padded
 from megatron_rpp.experience.types import ExperienceBatch
@@ -43,13 +45,20 @@ def _packed(model: Model, batch: ExperienceBatch, train: TrainConfig) -> list[Mi
     # Stages that do not tell each other shapes expect one.
     of_one_length = _shares_experts(model) or (parallel.pp_size > 1 and not model.config.variable_seq_lengths)
     lengths = lengths_of(batch.loss_mask).tolist()
-    parts = cut(
-        lengths, rule, sequence_cost(model.hf), count_multiple=_count_multiple(model), of_one_length=of_one_length
-    )
+    known = _cut(tuple(lengths), rule, sequence_cost(model.hf), _count_multiple(model), of_one_length)
+    parts = [list(part) for part in known]
     longest = max(packed_length([lengths[i] for i in part], rule) for part in parts) if of_one_length else 0
     count, longest = _largest(model, [len(parts), longest])
     parts += [[] for _ in range(count - len(parts))]
     return [pack(batch, part, rule, longest) for part in parts]
+
+
+@lru_cache(maxsize=2)
+def _cut(
+    lengths: tuple[int, ...], rule: PackingRule, cost: SequenceCost, count_multiple: int, of_one_length: bool
+) -> list[list[int]]:
+    """As `cut`, once where policy and reference are given the same rows. Nobody may change what it returns."""
+    return cut(lengths, rule, cost, count_multiple=count_multiple, of_one_length=of_one_length)
 
 
 def _padded(model: Model, batch: ExperienceBatch, train: TrainConfig) -> list[Microbatch]:

@@ -65,9 +65,7 @@ def _forward_step(
 
 
 def _packed_params(micro: Microbatch) -> PackedSeqParams | None:
-    if micro.cu_seqlens is None:
-        return None
-    return slot_params(micro.cu_seqlens, int(micro.cu_seqlens.diff().max()))
+    return slot_params(micro.cu_seqlens, micro.bounds) if micro.cu_seqlens is not None else None
 
 
 def _loss(head: Head, micro: Microbatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -35,15 +35,32 @@ def partition(costs: Sequence[float], count: int) -> list[list[int]]:
     """
     assert count > 0, "at least one part"
     nothing: list[tuple[float, list[int]]] = [(0.0, [])] * (count - 1)
-    # (-spread, a number that no two share, the parts by falling sum)
-    heap = [(-cost, i, [(cost, [i]), *nothing]) for i, cost in enumerate(costs)]
+    # (-spread, a number that no two share, the parts by falling sum: each as (-sum, indices), which sorts fast)
+    heap = [(-cost, i, [(-cost, [i]), *nothing]) for i, cost in enumerate(costs)]
     heapq.heapify(heap)
     while len(heap) > 1:
         (_, number, wide), (_, _, narrow) = heapq.heappop(heap), heapq.heappop(heap)
         merged = [(a + b, of_a + of_b) for (a, of_a), (b, of_b) in zip(wide, reversed(narrow), strict=True)]
-        merged.sort(key=lambda part: (-part[0], part[1]))
-        heapq.heappush(heap, (merged[-1][0] - merged[0][0], number, merged))
+        merged.sort()
+        heapq.heappush(heap, (merged[0][0] - merged[-1][0], number, merged))
     parts = [part for _, part in heap[0][2]] if heap else [[] for _ in range(count)]
+    return [sorted(part) for part in parts]
+
+
+def first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """The indices of `sizes` in parts of at most `capacity`, the largest first into the first part with room for it.
+
+    At most 11/9 as many parts as are needed, and one more. A size above the capacity has a part of its own.
+    """
+    parts: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        place = next((part for part, left in enumerate(room) if sizes[i] <= left), len(parts))
+        if place == len(parts):
+            parts.append([])
+            room.append(capacity)
+        parts[place].append(i)
+        room[place] -= sizes[i]
     return [sorted(part) for part in parts]
 
 

@@ -28,9 +28,10 @@ class Prompt:
     token_ids: tuple[int, ...]
     answer: str
     metadata: dict[str, Any] = field(default_factory=dict)  # what a verifier may want
-    source: str = ""  # its name in data.sources or data.evals; empty for data.train and data.eval
+    source: str = ""  # its name in data.sources or data.evals; empty for data.train
     pass_rate: float | None = None  # how often it is solved, from 0 to 1, where its source says so
     turns: tuple[dict[str, Any], ...] = ()  # of a conversation; empty: `text` is what is asked
+    opens_thought: bool = False  # its tokens end with <think>, as some chat templates do: responses go on from there
 
     @property
     def asked(self) -> Chat:

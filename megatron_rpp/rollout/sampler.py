@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Sequence
@@ -16,6 +17,9 @@ from megatron_rpp.http_failure import HttpFailure, reply_message
 from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.rollout.replies import check_samples, other_versions
 from megatron_rpp.rollout.server_pool import ServerLost, ServerPool, Work
+from megatron_rpp.rollout.shared_load import SharedLoad
+
+logger = logging.getLogger(__name__)
 
 _FIRST_BACKOFF_S = 0.25
 _MAX_BACKOFF_S = 8.0
@@ -35,14 +39,20 @@ class Sampler:
     """Of one event loop: made once its servers are known, and finished by `finish`."""
 
     def __init__(
-        self, urls: Sequence[str], rollout: RolloutConfig, version: int | None, session: aiohttp.ClientSession
+        self,
+        urls: Sequence[str],
+        rollout: RolloutConfig,
+        version: int | None,
+        session: aiohttp.ClientSession,
+        shared: SharedLoad | None = None,
     ) -> None:
-        """version: the policy version that every sampled token must come from; None: any."""
-        self.pool = ServerPool(urls, rollout.health_deadline_s, session)
+        """version: the policy version that every sampled token must come from; None: any. shared: of ServerPool."""
+        self.pool = ServerPool(urls, rollout.health_deadline_s, session, shared)
         self.flights: list[Flight] = []  # of the requests that have ended, aborted ones too
         self._rollout, self._version, self._session = rollout, version, session
         self._aborts: set[asyncio.Task[None]] = set()
         self._num_aborted = 0  # samples
+        self._refusing: set[str] = set()  # URLs of servers that would not abort
         self._began = time.monotonic()
 
     async def send(self, payload: dict[str, Any], turn: int) -> Samples:
@@ -112,8 +122,11 @@ class Sampler:
 
         async def abort(name: str) -> None:
             with suppress(aiohttp.ClientError, OSError):  # a server that is gone samples no more
-                async with self._session.post(f"{url.rstrip('/')}/abort_request", json={"rid": name}):
-                    pass
+                async with self._session.post(f"{url.rstrip('/')}/abort_request", json={"rid": name}) as response:
+                    if response.status != 200 and url not in self._refusing:
+                        self._refusing.add(url)
+                        words = reply_message(await response.text())
+                        logger.warning("%s goes on with what was aborted: HTTP %d: %s", url, response.status, words)
 
         await asyncio.gather(*map(abort, names))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ import aiohttp
 
 from megatron_rpp.rollout.prefix_table import PrefixTable
 from megatron_rpp.rollout.protocol import RolloutError
+from megatron_rpp.rollout.shared_load import SharedLoad
 
 logger = logging.getLogger(__name__)
 
@@ -48,17 +49,25 @@ class PoolServer:
     has_failed_last: bool = False  # the newest request that it ended, it failed
     cause: str | None = None  # why it is asked no more
 
-    def load(self, work: Work) -> int:
-        """Tokens in flight; a failure counts as one more request like `work`."""
-        return sum(self.running.values()) + self.failures * work.load
+    @property
+    def load(self) -> int:
+        """Tokens that this call has in flight there."""
+        return sum(self.running.values())
 
 
 class ServerPool:
     """Servers are taken until they are given up; a watcher for each gives up the silent ones."""
 
-    def __init__(self, urls: Sequence[str], health_deadline_s: float, session: aiohttp.ClientSession) -> None:
+    def __init__(
+        self,
+        urls: Sequence[str],
+        health_deadline_s: float,
+        session: aiohttp.ClientSession,
+        shared: SharedLoad | None = None,
+    ) -> None:
+        """shared: what other replicas have in flight counts too; None: there is no other."""
         self._servers = [PoolServer(url) for url in urls]
-        self._deadline_s, self._session = health_deadline_s, session
+        self._deadline_s, self._session, self._shared = health_deadline_s, session, shared
         self._prefixes = PrefixTable()
 
     @property
@@ -82,13 +91,18 @@ class ServerPool:
         fewest = min(failed.count(server.url) for server in left)
         turns = left[work.turn % len(left) :] + left[: work.turn % len(left)]
         able = [server for server in turns if failed.count(server.url) == fewest]
-        loads = {server.url: server.load(work) for server in able}
+        loads = self._loads(able, work)
         idlest = min(able, key=lambda server: loads[server.url])
         limit = max(loads[idlest.url] + _MORE_REQUESTS * work.load, _MORE_TIMES * loads[idlest.url])
         seen = self._prefixes.known(work.token_ids)
         enough = _SHARE_SEEN * len(work.token_ids)
         near = [s for s in able if seen.get(s.url, 0) >= max(enough, 1) and loads[s.url] <= limit]
         return min(near, key=lambda server: (-seen[server.url], loads[server.url])) if near else idlest
+
+    def _loads(self, servers: Sequence[PoolServer], work: Work) -> dict[str, int]:
+        """URL -> tokens in flight; a failure counts as one more request like `work`."""
+        shared = self._shared.look([server.url for server in servers]) if self._shared is not None else {}
+        return {s.url: shared.get(s.url, s.load) + s.failures * work.load for s in servers}
 
     def give_up(self, server: PoolServer, cause: str) -> None:
         """Ask it no more, and free the requests that it holds."""
@@ -104,16 +118,28 @@ class ServerPool:
             request.close()
             raise ServerLost(server.url)
         task = asyncio.create_task(request)
-        server.running[task] = work.load
         self._prefixes.add(server.url, work.token_ids)
-        try:
-            await asyncio.wait([task])
-        finally:
-            server.running.pop(task, None)
-            task.cancel()  # nothing where it is done
+        with self._counted(server, task, work.load):
+            try:
+                await asyncio.wait([task])
+            finally:
+                task.cancel()  # nothing where it is done
         if task.cancelled():
             raise ServerLost(server.url)
         return task.result()
+
+    @contextmanager
+    def _counted(self, server: PoolServer, task: asyncio.Task[Any], load: int) -> Iterator[None]:
+        """Inside, the request is in flight."""
+        server.running[task] = load
+        if self._shared is not None:
+            self._shared.add(server.url, load)
+        try:
+            yield
+        finally:
+            server.running.pop(task, None)
+            if self._shared is not None:
+                self._shared.add(server.url, -load)
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:

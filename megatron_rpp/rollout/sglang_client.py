@@ -13,6 +13,7 @@ from megatron_rpp.rollout.payloads import generate_payloads
 from megatron_rpp.rollout.protocol import ProgressCallback, RolloutError, SamplingParams
 from megatron_rpp.rollout.replies import to_rollout
 from megatron_rpp.rollout.sampler import Flight, Sampler, open_session
+from megatron_rpp.rollout.shared_load import SharedLoad
 
 PromptCallback = Callable[[int, list[Rollout]], None]  # (position of the prompt in `prompts`, its rollouts)
 SampleGroup = Callable[[Prompt, int, dict[str, Any]], Awaitable[list[Rollout]]]
@@ -27,6 +28,7 @@ class SGLangClient:
         self.version: int | None = None  # policy version that every sampled token must come from; None: any
         self.suspects: set[str] = set()  # URLs that the last call doubts: dead, silent, of another version
         self.flights: list[Flight] = []  # of the last call
+        self.shared: SharedLoad | None = None  # where several replicas ask the same servers; may be set later
         self._rollout, self._decode = rollout, decode
 
     @property
@@ -82,7 +84,7 @@ class SGLangClient:
         if not self.urls:
             raise RolloutError("no SGLang server to sample from: SGLangClient.urls is empty")
         async with open_session() as session:
-            sampler = Sampler(self.urls, self._rollout, self.version, session)
+            sampler = Sampler(self.urls, self._rollout, self.version, session, self.shared)
 
             async def sample(prompt: Prompt, group_id: int, payload: dict[str, Any]) -> list[Rollout]:
                 samples = await sampler.send(payload, turn=group_id)

@@ -1,6 +1,7 @@
-"""One of two replicas that collect 50 steps in every mode, from servers of this process that fail at random.
+"""A rank of one of two replicas that collect steps in every mode, from servers of this process that fail at random.
 
-Argument: a folder; each mode has a run directory in it. The servers are real HTTP servers, the policy has no weights.
+Arguments: a folder, in which each mode has a run directory; steps; further keys of `parallel` as JSON; modes, or all.
+The servers are real HTTP servers, the policy has no weights.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from megatron_rpp.rollout.journal import open_journal
 from megatron_rpp.rollout.protocol import SamplingParams
 from megatron_rpp.rollout.schedule import scheduler
 from megatron_rpp.rollout.sglang_client import SGLangClient
+from megatron_rpp.rollout.shared_load import SharedLoad
 from megatron_rpp.weight_sync.synced_engine import SyncedRolloutEngine
 from tests.unit.rollout.fake_sglang import STOP, FakeServer, Reply, running, samples_of
 
@@ -105,12 +107,13 @@ def misbehave(server: FakeServer, seed: int, version: Sequence[int]) -> None:
 
 def run_mode(parallel: Any, servers: Sequence[FakeServer], version: list[int], config: Config) -> dict[str, Any]:
     client = SGLangClient((), config.rollout, lambda ids: "")
+    client.shared = SharedLoad(parallel.store)
     fleet: Any = Fleet([server.url for server in servers]) if servers else None
     policy: Any = SimpleNamespace(parallel=parallel)
     engine = Engine(policy, fleet, client, (), config, None, open_journal(config, parallel))
     prompts = [Prompt(i, "", (i, 7), "") for i in range(PROMPTS)]
     source = PromptSource(prompts, config.rollout.num_prompts, seed=1)
-    reporter = Reporter(config.run.dir, rank=parallel.rank, replica=parallel.dp_rank, steps=range(STEPS))
+    reporter = Reporter(config.run.dir, rank=parallel.rank, replica=parallel.dp_rank, steps=range(config.run.steps))
     session: Any = SimpleNamespace(
         config=config,
         parallel=parallel,
@@ -121,7 +124,7 @@ def run_mode(parallel: Any, servers: Sequence[FakeServer], version: list[int], c
         sampling=lambda step: SamplingParams(SAMPLES, 8, 1.0, 1.0, (STOP,), seed=step),
     )
     saved, crashes, totals = source.state_dict(), random.Random(7), dict[str, float]()
-    for step in range(STEPS):
+    for step in range(config.run.steps):
         version[0] = step
         for is_last_try in (crashes.random() > 0.2, True):
             session.prompt_source = PromptSource(prompts, config.rollout.num_prompts, seed=1)
@@ -132,6 +135,8 @@ def run_mode(parallel: Any, servers: Sequence[FakeServer], version: list[int], c
                 break
         saved = json.loads(json.dumps(session.prompt_source.state_dict()))
         assert len({json.dumps(state) for state in gather_objects(saved)}) == 1, "the ranks' sources differ"
+        held = gather_objects((parallel.dp_rank, [(r.group_id, r.response_ids) for r in collected.rollouts]))
+        assert all(own == theirs for i, own in held for j, theirs in held if i == j), "a replica's ranks differ"
         rewards = collected.rewards or session.reward(collected.rollouts)
         metrics = {key: value for key, value in collected.metrics.items() if key.startswith("rollout/")}
         totals = {key: totals.get(key, 0.0) + value for key, value in metrics.items()}
@@ -141,14 +146,17 @@ def run_mode(parallel: Any, servers: Sequence[FakeServer], version: list[int], c
 
 
 def main() -> None:
-    out, modes = Path(sys.argv[1]), sys.argv[2:] or list(MODES)
+    out, steps, layout = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+    modes = sys.argv[4:] or list(MODES)
     scheduler._POLL_S = 0.02
     results: dict[str, Any] = {}
     for mode in modes:
         config = build(
             {
                 "run.dir": str(out / mode),
+                "run.steps": steps,
                 "parallel.data": 2,
+                **{f"parallel.{key}": size for key, size in layout.items()},
                 "rollout.num_prompts": 6,
                 "rollout.urls": ("http://127.0.0.1:1",),
                 "rollout.health_deadline_s": 0.5,

@@ -18,21 +18,34 @@ from tests.support.rank_server import run_ranks
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("schedule")
-    run_ranks("tests.distributed.schedule_worker", [str(path)], 2, path)
+    run_ranks("tests.distributed.schedule_worker", [str(path), str(STEPS), "{}"], 2, path)
     return path
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_each_prompt_is_used_exactly_once_an_epoch(out: Path, mode: str) -> None:
+    check_that_the_mode_did_something(mode, check_prompts(out, mode, STEPS))
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}])
+def test_all_of_it_works_where_a_replica_is_more_than_its_leader(layout: dict[str, int], tmp_path: Path) -> None:
+    run_ranks("tests.distributed.schedule_worker", [str(tmp_path), "8", json.dumps(layout), "all"], 4, tmp_path)
+    totals = check_prompts(tmp_path, "all", 8)
+    assert totals["rollout/skipped"] > 0 and totals["rollout/deferred"] > 0
+
+
+def check_prompts(out: Path, mode: str, steps: int) -> dict[str, float]:
+    """Metrics of a run, summed over its steps, each of which must have trained on something."""
     result = json.loads((out / "result.json").read_text())[mode]
     found = Counter[int]()
-    for step in range(STEPS):
+    for step in range(steps):
         trained, skipped = used(out / mode, step, SAMPLES, replicas=2)
         assert trained and len(trained) <= 6
         found.update([*trained, *skipped])
     source = PromptSource([Prompt(i, "", (i, 7), "") for i in range(PROMPTS)], 6, seed=1)
     check_used_once_an_epoch(found, source, result["source"])
-    check_that_the_mode_did_something(mode, result["totals"])
+    totals: dict[str, float] = result["totals"]
+    return totals
 
 
 def test_every_kind_of_failure_has_come_about(out: Path) -> None:

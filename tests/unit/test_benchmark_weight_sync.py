@@ -33,6 +33,7 @@ def test_ratios_are_rates_over_the_plain_broadcasts_and_take_the_right_part_of_t
     rates = summarize_speed(SPEED)
     assert rates["broadcast_over_raw"] == 2.0 / 4.0  # medians: send with verify=off
     assert rates["broadcast_over_raw_fastest"] == 1.0 / 2.5
+    assert rates["verified_send_over_raw"] == 2.0 / 6.0
     assert rates["unverified_sync_over_raw"] == 2.0 / 5.0
     assert rates["verified_over_raw"] == 2.0 / 16.0  # the whole sync with verify=full
 
@@ -67,13 +68,14 @@ def test_the_batch_has_a_gradient_for_every_response() -> None:
 def test_plain_transfers_measure_both_kinds_again_and_again_and_end_their_processes(tmp_path: Path) -> None:
     with PlainTransfers([1 << 20, 1 << 18], tmp_path / "pair") as transfers:
         seconds = [transfers.broadcast_s(), transfers.copy_s(), transfers.broadcast_s()]
-        processes = transfers._pair
+        processes = transfers._processes
     assert all(0 < each < 60 for each in seconds)
     assert [process.returncode for process in processes] == [0, 0]
 
 
 def test_bytes_really_arrive_at_the_plain_broadcasts_receiver(tmp_path: Path) -> None:
     """A receiver alone never answers: the broadcast's time is not that of a call that sends nothing."""
-    command = [sys.executable, "-m", "benchmarks.weight_sync_plain", "1", json.dumps([64]), str(tmp_path / "store")]
+    given = ["1", "2", json.dumps([64]), str(tmp_path / "store")]
+    command = [sys.executable, "-m", "benchmarks.weight_sync_plain", *given]
     with pytest.raises(subprocess.TimeoutExpired):
         subprocess.run(command, input="broadcast\n", text=True, timeout=8, capture_output=True)

@@ -14,11 +14,12 @@ import pytest
 
 from megatron_rpp import cli
 from megatron_rpp.config.fields import fields
+from tests.support.tokenizer_dirs import write_fast
 
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 16,
-    "vocab_size": 20,
+    "vocab_size": 64,
     "num_attention_heads": 4,
     "intermediate_size": 64,
     "num_hidden_layers": 4,
@@ -143,6 +144,8 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
 def test_check_says_ok_and_starts_and_writes_nothing(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
+    write_fast(project / "model", template="{{ messages[0].content }}", bos=True)
+
     def start(*_: object) -> int:
         raise AssertionError("it started ranks")
 
@@ -150,11 +153,41 @@ def test_check_says_ok_and_starts_and_writes_nothing(
     before = sorted(project.iterdir())
     assert cli.main([command, str(project / "run.toml"), "--check"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith(f"ok: configuration, model {project}/model") and shown.count("\n") == 1
+    assert shown.startswith(f"ok: configuration, model {project}/model") and shown.count("\n") == 2
     assert f"{project}/data.jsonl" in shown and sorted(project.iterdir()) == before
+    longest = {"train": "data.train: of the first 3 prompts the longest is 4", "sft": "sft.data: of the first 3 demon"}
+    assert shown.splitlines()[1].startswith(longest[command])
     words = ["--data.prompt_template={question}", "--check"]
     assert cli.main([command, str(project / "run.toml"), *words]) == 2
     assert f"{project}/data.jsonl:1: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("template", "words", "message"),
+    [
+        (None, [], "data.jsonl:2: the prompt is 31 tokens, the limit is 24; raise rollout.context_length"),
+        (None, ["--data.chat_template=true"], "this tokenizer has no chat template; set data.chat_template = false"),
+        ("{{ raise_exception('no') }}", ["--data.chat_template=true"], "the chat template refuses "),
+        (None, ["--model.path={}/other"], "other: no tokenizer here; copy the model's tokenizer.json"),
+        (None, ["--model.path={}/small"], "the tokenizer has 50 tokens, the model's vocab_size is 20"),
+    ],
+)
+def test_check_finds_what_only_the_tokenizer_can_tell(
+    project: Path, capsys: pytest.CaptureFixture[str], template: str | None, words: list[str], message: str
+) -> None:
+    for name, rows in {"model": 64, "small": 20, "other": 64}.items():
+        (project / name).mkdir(exist_ok=True)
+        (project / name / "config.json").write_text(json.dumps({**MODEL, "vocab_size": rows}))
+        if name != "other":
+            write_fast(project / name, template=template, bos=True)
+    (project / "data.jsonl").write_text(
+        '{"prompt": "1+1", "answer": "2"}\n' + json.dumps({"prompt": "1" * 30, "answer": "2"}) + "\n"
+    )
+    limits = ["--rollout.context_length=32", "--rollout.max_response_tokens=8", "--check"]
+    argv = ["train", str(project / "run.toml"), *limits, *(word.format(project) for word in words)]
+    assert cli.main(argv) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err and shown.err.count("\n") == 1 and not shown.out
 
 
 def test_a_run_is_not_overwritten_without_resume(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

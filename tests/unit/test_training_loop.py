@@ -70,12 +70,13 @@ def test_servers_wake_only_when_the_trainer_has_left_their_gpus(session: MagicMo
         done.append(f"end of {name}")
 
     session.offload.scoring, session.offload.training = lambda: noted("scoring"), lambda: noted("training")
+    session.parity.ask_while_awake.side_effect = lambda rollouts: done.append("ask servers")
     session.rollout_engine.release_memory.side_effect = lambda: done.append("servers sleep")
     session.rollout_engine.sync.side_effect = lambda policy_version: done.append("sync")
     train.score.side_effect = lambda *_: done.append("score")  # type: ignore[attr-defined]
     train.train_step.side_effect = lambda *_: done.append("train") or {}  # type: ignore[attr-defined]
     train.train_on_one_batch(session, 0)
-    scored = ["servers sleep", "scoring", "score", "end of scoring"]
+    scored = ["ask servers", "servers sleep", "scoring", "score", "end of scoring"]
     assert done == [*scored, "training", "train", "end of training", "sync"]
 
 
@@ -86,14 +87,17 @@ def test_a_checkpoint_has_the_optimizer_back_in_room_that_servers_have_left(
     done: list[str] = []
 
     @contextmanager
-    def saving() -> Iterator[None]:
-        done.append("optimizer back")
+    def noted(name: str, begin: str, end: str) -> Iterator[None]:
+        done.append(begin.format(name))
         yield
-        done.append("optimizer away")
+        done.append(end.format(name))
 
-    session.shaping, session.offload.saving = ShapingState(), saving
+    session.phase = lambda name: noted(name, "phase {}", "end of {}")
+    session.shaping = ShapingState()
+    session.offload.saving = lambda: noted("optimizer", "{} back", "{} away")
     session.offload.moves_optimizer = moves_optimizer
     session.rollout_engine.release_memory.side_effect = lambda: done.append("servers sleep")
     session.checkpointer.save.side_effect = lambda *_, **options: done.append("save")
     Session.save(session, 1)
-    assert done == ["servers sleep"] * moves_optimizer + ["optimizer back", "save", "optimizer away"]
+    saved = [*["servers sleep"] * moves_optimizer, "optimizer back", "save", "optimizer away"]
+    assert done == ["phase save", *saved, "end of save"], "its memory is the most of a run, and must be in a phase"

@@ -17,7 +17,7 @@ class Counts:
     kept: int = 0  # complete, and to be trained on
     lost: int = 0  # complete and left out, or aborted
     awaited: int = 0  # of those that must be awaited: not yet complete
-    tokens: int = 0  # response tokens of complete groups
+    tokens: int = 0  # response tokens of complete groups, in all draws of the step; nobody knows those of open ones
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,9 @@ class SamplingTry:
                 is_met = self._step.quota.is_met(counts, time.monotonic() - self._step.began)
                 if has_failed:
                     return
-                if is_met:
+                # While the step must wait for some, others that run may end too: put-off ones then need no wait of
+                # their own. Else every step would wait for the tail of an earlier one.
+                if is_met and not counts.awaited:
                     self._abort()
                 self._fill(sample, counts, is_met)
                 if not self._open and (is_met or (self._is_empty and self._claim is None)):
@@ -72,9 +74,9 @@ class SamplingTry:
             await asyncio.gather(*self._open, return_exceptions=True)
 
     def _abort(self) -> None:
-        """Cancel, once each, what need not be awaited."""
-        for task, index in self._open.items():
-            if index not in self._step.awaited and not task.cancelling():
+        """Cancel what is open, once each."""
+        for task in self._open:
+            if not task.cancelling():
                 task.cancel()
 
     def _fill(self, sample: SampleIndex, counts: Counts, is_met: bool) -> None:

@@ -1,8 +1,8 @@
 """Sampling a step whose prompts are shared out as replicas are free (section `schedule`).
 
 The leaders of all replicas hold the same draw, a list of prompts, and take from it by a counter in the job's store;
-a prompt's place in it gives its group_id. Other counters tell them when the step has enough: then each aborts
-what it has open, but for the groups that must be awaited.
+a prompt's place in it gives its group_id. Other counters tell them when the step has enough: then nothing but
+the groups that must be awaited is begun, and once these have ended each aborts what it has open.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Scheduler:
         mine = {index: (group.is_kept, group.tokens) for index, group in self.done.items()}
         known = {index: facts for each in self._leaders.gather(mine) for index, facts in each.items()}
         name = f"{self._step.name}/{len(self._tallies)}"
-        tally = Tally(self._leaders.store, name, _start(known, self._step.awaited))
+        tally = Tally(self._leaders.store, name, _start(known, self._step.awaited, self._step.tokens_before))
         self._tallies.append(tally)
         reward_error: Exception | None = None
         try:
@@ -95,8 +95,9 @@ class Scheduler:
         kept = {index: group for index, group in self.done.items() if group.is_kept}
         ends = {index: group.ended_s for index, group in kept.items()}
         skipped = {index: (group.rewards or [0.0])[0] for index, group in self.done.items() if not group.is_kept}
-        started = frozenset(self._started)
-        return Report(ends, skipped, started, self._aborted, tuple(client.flights)), kept, reward_error
+        tokens = sum(group.tokens for group in self.done.values())
+        report = Report(ends, skipped, frozenset(self._started), self._aborted, tokens, tuple(client.flights))
+        return report, kept, reward_error
 
     def forget(self) -> None:
         """Take the step's counters out of the store; one leader does, once all others have ended."""
@@ -169,12 +170,14 @@ class Stopwatch:
         return self._before_s + (time.monotonic() - self._since if self._open else 0.0)
 
 
-def _start(known: dict[int, tuple[bool, int]], awaited: Collection[int]) -> Counts:
-    """known: index -> (is it kept, its tokens), of the groups that earlier tries have completed."""
+def _start(known: dict[int, tuple[bool, int]], awaited: Collection[int], tokens_before: int = 0) -> Counts:
+    """known: index -> (is it kept, its tokens), of the groups that earlier tries have completed. tokens_before: of
+    earlier draws.
+    """
     kept = sum(is_kept for is_kept, _ in known.values())
     return Counts(
         kept=kept,
         lost=len(known) - kept,
         awaited=sum(index not in known for index in awaited),
-        tokens=sum(tokens for _, tokens in known.values()),
+        tokens=tokens_before + sum(tokens for _, tokens in known.values()),
     )

@@ -16,6 +16,7 @@ class Report:
     skipped: dict[int, float] = field(default_factory=dict)  # index -> the reward that all its responses earned
     started: frozenset[int] = frozenset()  # indices that servers were asked for
     aborted: int = 0  # groups
+    tokens: int = 0  # of the responses of complete groups
     flights: tuple[Flight, ...] = ()
 
 

@@ -21,7 +21,8 @@ class Step:
     quota: Quota
     sampling: SamplingParams
     first_group_id: int = 0  # of the draw; the samples' seeds derive from it
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=time.monotonic)  # the first draw of the step; budgets are of them all
+    tokens_before: int = 0  # as Counts.tokens, of the step's earlier draws
 
     @cached_property
     def awaited(self) -> frozenset[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from megatron_rpp.config.schema import TrainConfig
 from megatron_rpp.engine import microbatches
 from megatron_rpp.engine.microbatches import cut_batch
 from megatron_rpp.experience.balance import SequenceCost
-from megatron_rpp.experience.packing import Microbatch
+from megatron_rpp.experience.packing import Microbatch, cut
 from megatron_rpp.experience.types import ExperienceBatch
 
 LENGTHS = [30, 5, 4, 3, 9, 8, 0]
@@ -154,3 +155,20 @@ def test_rows_of_cuda_graphs_have_one_shape_whatever_the_batch(monkeypatch: pyte
         for a, b in zip(found, plain, strict=True):
             width = b.tokens.shape[1]
             assert torch.equal(a.rows.loss_mask[:, :width], b.rows.loss_mask) and a.rows.loss_mask[:, width:].sum() == 0
+
+
+def test_policy_and_reference_share_the_search_for_a_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    searches: list[list[int]] = []
+
+    def search(lengths: Sequence[int], *args: Any, **settings: Any) -> list[list[int]]:
+        searches.append(list(lengths))
+        return cut(lengths, *args, **settings)
+
+    monkeypatch.setattr(microbatches, "cut", search)
+    lengths = [13, 11, 31, 7]  # of no other test: the cache outlives them
+    first = make_cut(monkeypatch, lengths)
+    second = make_cut(monkeypatch, lengths)
+    assert [m.index.tolist() for m in first] == [m.index.tolist() for m in second] and len(searches) == 1
+    make_cut(monkeypatch, lengths, pp_size=2, vpp_size=2)
+    make_cut(monkeypatch, lengths, TrainConfig(micro_batch_tokens=64))
+    assert len(searches) == 3, "another layout or budget is another cut"

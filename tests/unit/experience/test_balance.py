@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from megatron_rpp.experience.balance import SequenceCost, imbalance, partition
+from megatron_rpp.experience.balance import SequenceCost, first_fit, imbalance, partition
 
 
 def _sums(costs, parts):
@@ -69,3 +69,8 @@ def test_a_window_makes_a_long_sequence_grow_linearly():
 def test_imbalance_is_what_the_average_one_waits():
     assert imbalance([3.0, 1.0]) == 0.5
     assert imbalance([0.0, 0.0]) == 0.0
+
+
+def test_first_fit_fills_the_first_part_that_has_room_and_leaves_what_is_too_large_alone():
+    assert first_fit([2, 7, 5, 3, 12], 10) == [[4], [1, 3], [0, 2]]
+    assert first_fit([], 10) == []

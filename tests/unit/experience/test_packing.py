@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rpp.experience.balance import SequenceCost
+from megatron_rpp.experience import packing
+from megatron_rpp.experience.balance import SequenceCost, partition
 from megatron_rpp.experience.packing import PackingRule, cut, lengths_of, pack, packed_length, padded, zigzag
 from megatron_rpp.experience.types import ExperienceBatch
 
@@ -64,6 +67,7 @@ def test_every_token_is_on_one_rank_at_the_place_that_its_slot_and_the_ranks_chu
     assert total >= max(least, packed_length(lengths, rule)) and total % (rule.cp_size * rule.unit) == 0
     assert ranks[0].cu_seqlens is not None
     bounds = ranks[0].cu_seqlens.tolist()
+    assert ranks[0].bounds == tuple(bounds)
     assert bounds[0] == 0 and bounds[-1] == total
     assert all(end > start and (end - start) % rule.slot_multiple == 0 for start, end in pairwise(bounds))
     places = torch.stack([micro.logits_at for micro in ranks])
@@ -94,6 +98,34 @@ def test_a_cut_is_no_finer_than_the_budget_asks_and_balanced_by_cost() -> None:
     rule = PackingRule(30)
     assert len(cut([30, 4, 4, 4, 4, 4, 4, 6], rule, COST, of_one_length=False)) == 2
     assert all(len({i // 2 for i in part}) == 2 for part in cut([20, 20, 2, 2], rule, COST, of_one_length=False))
+
+
+@pytest.mark.parametrize(("least", "most_microbatches"), [(0.55, 512), (0.35, 400), (0.3, 512 // 2)])
+def test_many_rows_of_which_few_share_a_microbatch_are_cut_after_a_few_tries(
+    monkeypatch: pytest.MonkeyPatch, least: float, most_microbatches: int
+) -> None:
+    """By tokens 400 microbatches would hold the first 512, whose every pair is above the budget."""
+    counts: list[int] = []
+
+    def counted(costs: Sequence[float], count: int) -> list[list[int]]:
+        counts.append(count)
+        return partition(costs, count)
+
+    monkeypatch.setattr(packing, "partition", counted)
+    chance, budget = random.Random(0), 32_768
+    top = 1.0 if least > 0.3 else 0.4
+    lengths = [int(budget * chance.uniform(least, top)) for _ in range(512)]
+    parts = cut(lengths, PackingRule(budget), COST, of_one_length=False)
+    assert len(parts) <= most_microbatches and max(sum(lengths[i] for i in part) for part in parts) <= budget
+    assert sorted(i for part in parts for i in part) == list(range(512))
+    assert len(counts) <= (1 if least == 0.55 else 2 * 9), counts
+
+
+def test_where_no_balanced_cut_keeps_the_budget_first_fit_does() -> None:
+    """Two microbatches hold them only as 6 + 4 and 5 + 3 + 2; largest differencing makes 6 + 2 + 3 and 5 + 4."""
+    lengths = [6, 5, 4, 3, 2]
+    assert cut(lengths, PackingRule(10), COST, of_one_length=True) == [[0, 2], [1, 3, 4]]
+    assert len(cut(lengths, PackingRule(10), COST, count_multiple=4, of_one_length=True)) == 4
 
 
 def test_microbatches_of_one_length_are_balanced_by_tokens() -> None:

@@ -29,7 +29,7 @@ class FakeServer(ThreadingHTTPServer):
         self.aborted: set[str] = set()  # names of samples
         self.in_flight = self.most_in_flight = 0
         self.lock = threading.Lock()
-        self.tp_size, self.status = 1, 200
+        self.tp_size, self.status, self.abort_status = 1, 200, 200
         self.probes: list[str] = []  # paths of GETs
         self.stopped = threading.Event()  # set: it accepts connections and never answers, like a stopped process
         self.end = threading.Event()
@@ -63,7 +63,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/abort_request":
             self.server.hold()
             self.server.aborted.add(payload["rid"])
-            return self.reply(200, "")
+            return self.reply(self.server.abort_status, "not for you" if self.server.abort_status != 200 else "")
         with self.server.lock:
             self.server.payloads.append(payload)
             self.server.in_flight += 1

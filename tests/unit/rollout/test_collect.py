@@ -18,6 +18,7 @@ from megatron_rpp.config.fields import build
 from megatron_rpp.data.prompt_source import PromptSource
 from megatron_rpp.rollout.protocol import SamplingParams
 from megatron_rpp.rollout.recorded import RecordedClient
+from megatron_rpp.rollout.schedule.step import Step
 from megatron_rpp.rollout.sglang_client import SGLangClient
 
 SOLVED, MIXED = (1.0, 1.0), (0.0, 1.0)
@@ -78,6 +79,23 @@ def test_after_three_draws_in_vain_the_error_says_what_to_change_and_a_resumed_r
     resumed = PromptSource(prompts(60), 4, seed=0)
     resumed.load_state_dict(state)
     assert {draw.prompt.id for draw in resumed.peek(36)}.isdisjoint(used)
+
+
+def test_the_draws_of_a_step_have_one_budget_of_time_and_tokens(
+    session: Any, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each response has two tokens; the first draw's 8 groups of 2 use the whole budget up."""
+    steps: list[Step] = []
+    sample = module._sample
+    monkeypatch.setattr(module, "_sample", lambda s, wanted: (steps.append(wanted), sample(s, wanted))[1])
+    changes = {"schedule.token_budget": 32, "schedule.time_budget_s": 60.0, "train.batch_size": 4}
+    session.config = build({"rollout.num_prompts": 4, "schedule.dynamic_sampling": True, "schedule.max_draws": 2.0,
+                            "rollout.max_concurrent_requests": 1, **changes})  # fmt: skip
+    first = {draw.prompt.id for draw in session.prompt_source.peek(8)}
+    session.reward = reward_where(lambda prompt: prompt not in first)
+    found = collect(session, 3)
+    assert len(steps) == 2 and steps[0].began == steps[1].began and steps[1].tokens_before == 32
+    assert found.metrics["rollout/groups"] < 4, "the second draw ends with its first train batch"
 
 
 def test_the_counters_of_every_draw_leave_the_store(session: Any) -> None:

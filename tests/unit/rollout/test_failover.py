@@ -256,3 +256,25 @@ def test_the_samples_of_a_request_are_aborted_together(servers: list[FakeServer]
 
     asyncio.run(run())
     assert len(server.aborted) == 8 and most[0] > 1
+
+
+def test_a_server_that_will_not_abort_is_named_once(
+    servers: list[FakeServer], caplog: pytest.LogCaptureFixture
+) -> None:
+    server = servers[0]
+    server.abort_status = 401
+    server.answer = lambda path, payload: (server.end.wait(30), (500, ""))[1]
+
+    async def run() -> None:
+        payloads = generate_payloads(PROMPTS[:2], [0, 1], SAMPLING, 64)
+        async with client([server]).open(SAMPLING) as sample:
+            tasks = [asyncio.create_task(sample(PROMPTS[i], i, payloads[i])) for i in range(2)]  # type: ignore[arg-type]
+            while len(server.payloads) < 2:
+                await asyncio.sleep(0.01)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    asyncio.run(run())
+    told = [record.getMessage() for record in caplog.records if "aborted" in record.getMessage()]
+    assert told == [f"{server.url} goes on with what was aborted: HTTP 401: not for you"]

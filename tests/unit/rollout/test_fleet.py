@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -140,7 +141,30 @@ def test_dropped_servers_are_away_until_they_answer(fakes: list[FakeServer], bui
     fleet.drop(fakes[0].url, "its checksums differ")
     assert urls(fleet.refresh()) == [fakes[1].url]
     fakes[0].status = 200
-    assert [(s.url, s.version) for s in fleet.refresh()] == [(fakes[0].url, -1), (fakes[1].url, -1)]
+    until(lambda: [(s.url, s.version) for s in fleet.refresh()] == [(fakes[0].url, -1), (fakes[1].url, -1)])
+
+
+def test_an_attached_server_that_was_dropped_is_tried_again_after_growing_waits(
+    fakes: list[FakeServer], build: Callable[..., ServerFleet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers, but holds another model: at every look it would fail a sync."""
+    now = 100.0
+    monkeypatch.setattr(backoff, "time", SimpleNamespace(monotonic=lambda: now))
+    bad, good = fakes
+    fleet = build(urls=(bad.url, good.url), restart_backoff_s=8.0)
+    fleet.wait_ready()
+    for wait_s in (8.0, 16.0):
+        fleet.drop(bad.url, "its checksums differ")
+        now += wait_s - 0.1
+        bad.probes.clear()
+        assert urls(fleet.refresh()) == [good.url] and not bad.probes
+        now += 0.2
+        assert urls(fleet.refresh()) == [bad.url, good.url]
+    fleet.mark([bad.url], 1)
+    fleet.refresh()  # it has served a step
+    fleet.drop(bad.url, "its checksums differ")
+    now += 8.1
+    assert urls(fleet.refresh()) == [bad.url, good.url]
 
 
 def test_an_attached_server_that_never_answers_is_named_with_the_reason(

@@ -7,15 +7,18 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_rpp.rollout.prefix_table import BLOCK, PrefixTable
 from megatron_rpp.rollout.server_pool import ServerPool, Work
+from megatron_rpp.rollout.shared_load import SharedLoad
 
 HEADER = list(range(100, 100 + 4 * BLOCK))
 
 
-def pool(count: int) -> ServerPool:
+def pool(count: int, shared: SharedLoad | None = None) -> ServerPool:
     session: Any = None
-    return ServerPool([f"http://{i}" for i in range(count)], 60.0, session)
+    return ServerPool([f"http://{i}" for i in range(count)], 60.0, session, shared)
 
 
 def place(works: Sequence[Work], count: int = 3) -> list[str]:
@@ -44,6 +47,29 @@ def test_load_is_tokens_and_not_requests() -> None:
     big, *small = [Work([1], 1000, 0), *(Work([i], 100, i) for i in range(2, 10))]
     taken = place([big, *small], count=2)
     assert taken == ["http://0", *["http://1"] * 8]
+
+
+def test_a_replica_sees_what_others_have_in_flight_until_they_are_done_with_it() -> None:
+    """Else a server that holds seven replicas' long answers would look idle to the eighth."""
+
+    async def run() -> None:
+        store, tasks = dist.HashStore(), []
+        first, second, alone = pool(2, SharedLoad(store)), pool(2, SharedLoad(store)), pool(2)
+        a, b = first.left()
+        for i in (1, 2):
+            tasks.append(asyncio.create_task(first.run(a, Work([i], 500, 0), asyncio.sleep(60))))
+        await asyncio.sleep(0)
+        work = Work([9], 100, 0)
+        assert second.pick(work, []).url == b.url and alone.pick(work, []).url == a.url
+        second.left()[1].failures = 11
+        assert second.pick(work, []).url == a.url, "its own bad experience counts too"
+        second.left()[1].failures = 0
+        first.give_up(a, "dead")
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert SharedLoad(store).look([a.url, b.url]) == {a.url: 0, b.url: 0}
+        assert second.pick(work, []).url == a.url
+
+    asyncio.run(run())
 
 
 def test_prompts_with_one_header_go_where_it_was_seen_but_no_further_than_one_request_ahead() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from fake_sglang import FakeServer, running
+from fake_sglang import FakeServer, running, samples_of
 from scheduled_steps import FakeReward, Job, hang_for, kept_ids, prompts, quota
 
 from megatron_rpp.data.prompt_source import PromptSource
@@ -61,6 +62,33 @@ def test_what_was_put_off_is_asked_first_and_awaited_once_it_was_put_off_too_oft
     first = {payload["input_ids"][0][0] for payload in server.payloads[:2]}
     assert slow in first, "it is asked for before all others"
     assert len(settlement.kept) == 4, "while it is awaited its place is kept, and no other group sampled in vain"
+
+
+@pytest.mark.parametrize("leaders", [1, 2])
+def test_while_a_step_waits_for_a_group_another_that_was_put_off_may_end_and_is_kept(
+    server: FakeServer, leaders: int
+) -> None:
+    """Aborted as soon as enough were complete, it would be the next step's to wait for, and so on for ever."""
+    prompts_, ended = source(), list[int]()
+    oldest, younger, endless = first_ids(prompts_, 6)[:3]
+    prompts_.settle([0], {0})
+    prompts_.settle([0, 1], {0, 1})
+
+    def answer(path: str, payload: dict[str, Any]) -> tuple[int, object]:
+        prompt = payload["input_ids"][0][0]
+        after = {younger: 4, oldest: 5, endless: 99}.get(prompt, 0)  # so many others have ended
+        end = time.monotonic() + 10
+        while len(ended) < after and time.monotonic() < end and not server.is_aborted(payload):
+            time.sleep(0.01)
+        time.sleep(0.4 if after else 0.0)  # a leader would have had the time to abort it
+        if not server.is_aborted(payload):
+            ended.append(prompt)
+        return 200, samples_of(payload)
+
+    server.answer = answer
+    draws, settlement = Job([server], leaders).step(prompts_, quota(4, at_once=7))
+    assert {oldest, younger} <= set(kept_ids(draws, settlement)) and len(settlement.kept) == 4
+    assert ended[-1] == oldest and endless in waiting(prompts_), "then what still runs is aborted"
 
 
 def test_no_more_groups_are_awaited_than_a_step_trains_on(server: FakeServer) -> None:
@@ -155,6 +183,20 @@ def test_the_token_budget_ends_a_step(server: FakeServer) -> None:
     assert len(settlement.kept) == 3
     _, settlement = job.step(source(per_step=8), quota(8, tokens=12, least_groups=5))
     assert len(settlement.kept) == 5
+
+
+def test_of_groups_at_once_the_token_budget_counts_those_that_have_ended(server: FakeServer) -> None:
+    """Eight at once of four tokens each: three end, one after the other, and those that go on are aborted."""
+    prompts_ = source(per_step=8)
+    order = first_ids(prompts_, 8)
+    hang_for(server, lambda i: server.most_in_flight < 8 or order.index(i) >= 3)
+    draws, settlement = Job([server]).step(prompts_, quota(8, tokens=12))
+    assert set(kept_ids(draws, settlement)) == set(order[:3]) and server.most_in_flight == 8
+    assert (
+        {p["input_ids"][0][0] for p in server.payloads if server.is_aborted(p)}
+        == set(order[3:])
+        == set(waiting(prompts_))
+    )
 
 
 def test_leaders_share_the_queue_as_they_are_free(server: FakeServer) -> None:

@@ -141,6 +141,18 @@ def test_the_trainers_rank_does_not_reach_the_server() -> None:
     assert env["HOME"] == "/h"
 
 
+def test_the_ranks_one_compiling_process_is_not_the_servers_and_the_users_setting_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("megatron_rpp.rollout.server_command.SET_HERE", {"TORCHINDUCTOR_COMPILE_THREADS": "1"})
+    for threads, handed_on in (("1", None), ("8", "8")):
+        env = server_environment({"TORCHINDUCTOR_COMPILE_THREADS": threads}, RolloutConfig(), "cuda")
+        assert env.get("TORCHINDUCTOR_COMPILE_THREADS") == handed_on
+    monkeypatch.setattr("megatron_rpp.rollout.server_command.SET_HERE", {})  # it was in the environment before us
+    env = server_environment({"TORCHINDUCTOR_COMPILE_THREADS": "1"}, RolloutConfig(), "cuda")
+    assert env["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
+
+
 def test_stand_ins_serve_only_for_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sglang_cpu, "find_spec", lambda name: object() if name == "triton" else None)
     names = [Path(folder).name for folder in sglang_cpu.python_path()]

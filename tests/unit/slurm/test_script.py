@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -59,10 +60,14 @@ Make = Callable[..., Config]
 
 
 @pytest.fixture
-def toml(make: Make, tmp_path: Path) -> Path:
-    """A valid configuration for 8 ranks."""
+def toml(make: Make, model_dir: Path, tmp_path: Path) -> Path:
+    """A valid configuration for 8 ranks, whose model has a tokenizer."""
     from megatron_rpp.config.load import dump_toml
+    from tests.support.tokenizer_dirs import write_fast
 
+    model = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps({**model, "vocab_size": 64}))
+    write_fast(model_dir)
     path = tmp_path / "run.toml"
     path.write_text(dump_toml(make({"parallel.pipeline": 4, "parallel.data": 2, "run.dir": str(tmp_path / "run")})))
     return path
@@ -98,10 +103,7 @@ def test_what_cannot_run_is_refused_before_anything_is_submitted(
     assert not (toml.parent / "run").exists()
 
 
-def test_tensor_parallelism_does_not_cross_nodes(make: Make, tmp_path: Path, capsys: Any) -> None:
-    from megatron_rpp.config.load import dump_toml
-
-    path = tmp_path / "run.toml"
-    path.write_text(dump_toml(make({"parallel.tensor": 2})))
-    assert cli.main(["launch", "slurm", str(path), "--nodes", "2"]) == 2
+def test_tensor_parallelism_does_not_cross_nodes(toml: Path, capsys: Any) -> None:
+    split = ["--parallel.tensor=2", "--parallel.pipeline=1", "--parallel.data=1"]
+    assert cli.main(["launch", "slurm", str(toml), "--nodes", "2", *split]) == 2
     assert "parallel.tensor=2 must divide the 1 ranks of a node" in capsys.readouterr().err
