@@ -20,7 +20,7 @@ def shared(named: Named, names: Sequence[str], group: ProcessGroup, device: torc
 
     device: where this rank wants them.
 
-    Where the first rank's `named` are others, every rank gets its own back, so that all of them can complain.
+    Where the first rank's `named` are others, it gets those back and the rest nothing: all of them can complain.
     """
     if dist.get_world_size(group) == 1:
         return named
@@ -31,7 +31,7 @@ def shared(named: Named, names: Sequence[str], group: ProcessGroup, device: torc
         sizes = torch.tensor([given[name].numel() for name in names])
     dist.broadcast(sizes, source, group)
     if sizes.min() < 0:
-        return named
+        return named if is_first else ()
     found = []
     for name, size in zip(names, sizes.tolist(), strict=True):
         tensor = given[name].cpu().contiguous() if is_first else torch.empty(size, dtype=torch.uint8)
