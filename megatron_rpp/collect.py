@@ -92,7 +92,7 @@ def _sample_round(s: Session, step: int, before: Sequence[_Round]) -> _Round:
     s.prompt_source.settle(
         positions[: settlement.drawn],
         {positions[i] for i in settlement.deferred},
-        {positions[i] for i in settlement.unasked},
+        {positions[i] for i in (*settlement.surplus, *settlement.unasked)},
     )
     return _Round(wanted, settlement, reports, [groups[i] for i in settlement.kept if i in groups])
 

@@ -27,7 +27,7 @@ from megatron_rpp.experience.types import Prompt
 from megatron_rpp.model.build import Model
 from megatron_rpp.model.fp8 import check_can_compute
 from megatron_rpp.model.hf_mapping import read_hf_config
-from megatron_rpp.model.layer_spec import resolve_layer_spec
+from megatron_rpp.model.layer_spec import agreed_layer_spec
 from megatron_rpp.observability.memory import PhaseMemory
 from megatron_rpp.observability.profiler import Profiler
 from megatron_rpp.observability.reporter import Reporter
@@ -148,7 +148,7 @@ def open_session(config: Config, *, resume: Resume) -> Iterator[Session]:
         stack.callback(bootstrap.shutdown)
         profiler = Profiler(config.profile, config.run.dir, parallel.rank)
         check_allocator(config, os.environ)
-        check_can_compute(config, resolve_layer_spec(config.model.layer_spec))
+        check_can_compute(config, agreed_layer_spec(config.model.layer_spec))
         uses_fused_logprobs(config.train.fused_logprobs)  # or it cannot be
         tokenizer = load_tokenizer(
             config.model.path,
@@ -160,7 +160,7 @@ def open_session(config: Config, *, resume: Resume) -> Iterator[Session]:
         check_weight_sync(config, hf)
         prompt_source, eval_prompts = build_prompt_source(config, tokenizer), load_eval_prompts(config, tokenizer)
         services = stack.enter_context(open_reward_services(config, parallel))
-        reward, eval_reward = open_rewards(config, services.model_urls, stack)
+        reward, eval_reward = open_rewards(config, parallel, services.model_urls, stack)
         client = SGLangClient((), config.rollout, tokenizer.decode)
         client.shared = SharedLoad(parallel.store) if parallel.dp_size > 1 else None
         # Servers that share the trainer's GPUs size their cache by what is free when they start.

@@ -49,12 +49,20 @@ def total_optimizer_steps(config: Config) -> int:
     return config.run.steps * (responses // config.train.batch_size)
 
 
-def open_rewards(config: Config, model_urls: Sequence[str], stack: ExitStack) -> tuple[Reward, Reward]:
-    """(of training, of held-out problems: the verdict alone). `stack` closes them."""
+def open_rewards(
+    config: Config, parallel: ParallelContext, model_urls: Sequence[str], stack: ExitStack
+) -> tuple[Reward, Reward]:
+    """(of training, of held-out problems: the verdict alone). `stack` closes them.
+
+    Replica leaders alone score: they import the user's function now. Raises ValueError where that fails.
+    """
     training = build_reward(config.reward, training_sources(config.data), model_urls)
     stack.callback(training.close)
-    held_out = build_reward(verdict_only(config.reward), held_out_sources(config), model_urls)
+    held_out = build_reward(verdict_only(config.reward), held_out_sources(config), model_urls, beside=training)
     stack.callback(held_out.close)
+    if parallel.is_replica_leader:
+        training.start()
+        held_out.start()
     return training, held_out
 
 

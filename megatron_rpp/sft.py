@@ -26,7 +26,7 @@ from megatron_rpp.experience.collate import pad_rows
 from megatron_rpp.experience.types import ExperienceBatch
 from megatron_rpp.model.build import build_model
 from megatron_rpp.model.fp8 import check_can_compute
-from megatron_rpp.model.layer_spec import resolve_layer_spec
+from megatron_rpp.model.layer_spec import agreed_layer_spec
 from megatron_rpp.model.save_hf import save_hf
 from megatron_rpp.parallel import bootstrap
 from megatron_rpp.parallel.context import ParallelContext
@@ -52,7 +52,7 @@ def run(config: Config) -> None:
 def _train(config: Config, parallel: ParallelContext, watchdog: Watchdog) -> None:
     sft = config.sft
     check_allocator(config, os.environ, syncs=False)
-    check_can_compute(config, resolve_layer_spec(config.model.layer_spec))
+    check_can_compute(config, agreed_layer_spec(config.model.layer_spec))
     uses_fused_logprobs(config.train.fused_logprobs)  # or it cannot be
     tokenizer = load_tokenizer(
         sft.init,

@@ -40,11 +40,12 @@ def run(words: Sequence[str]) -> int:
     given = split(words[2:], _USAGE, options=("--nodes",), flags=("--dry-run",))
     nodes = _number(given.options.get("--nodes", ""))
     config = load_config(given.files, given.overrides)
-    check(config, nodes)
+    lines = check(config, nodes)
     path = Path(config.run.dir) / "slurm" / "job.sbatch"
     argv = [str(path), *given.settings]
     text = render(config, nodes)
-    sys.stdout.write(f"{describe(config, nodes)}\n\n# {path}\n{text}\nsbatch {shlex.join(argv)}\n")
+    told = "\n".join([*lines, describe(config, nodes)])
+    sys.stdout.write(f"{told}\n\n# {path}\n{text}\nsbatch {shlex.join(argv)}\n")
     if "--dry-run" in given.options:
         return 0
     make_folders(config, "train")
@@ -56,15 +57,16 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def check(config: Config, nodes: int) -> None:
-    """The configuration can run, and fits the allocation. Raises ValueError."""
-    check_run(config, "train")
+def check(config: Config, nodes: int) -> list[str]:
+    """The configuration can run, and fits the allocation: a line on each source's prompts. Raises ValueError."""
+    lines = check_run(config, "train")
     trainer_nodes = nodes - config.slurm.rollout_nodes
     if trainer_nodes < 1:
         raise ConfigError(f"--nodes {nodes} must be above slurm.rollout_nodes={config.slurm.rollout_nodes}")
     ranks_per_node(config, trainer_nodes)
     if config.rollout.urls or config.rollout.urls_file:
         raise ConfigError("rollout.urls and rollout.urls_file must be empty: the job starts its own servers")
+    return lines
 
 
 def describe(config: Config, nodes: int) -> str:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
+from megatron_rpp.config.data import SourceConfig
 from megatron_rpp.config.job import WatchdogConfig
+from megatron_rpp.config.reward import START_LIMIT_S
 from megatron_rpp.config.rollout import MOST_ROUNDS
 from megatron_rpp.config.schema import Config
+from megatron_rpp.config.sources import held_out_sources, training_sources
 
+_TRIES = {"math_answer": 1, "reasoning_gym": 1, "function": 2}
+"""Times reward.batch_time_limit_s that a call of a kind may take; responses go to a function together, then singly."""
 _TRACE_S = 600.0  # the longest that torch's profiler may hold the interpreter when it stops
 
 
@@ -42,8 +48,20 @@ def watchdog_of(config: Config) -> WatchdogConfig:
 
 
 def _verifying_s(config: Config) -> float:
-    """Of one call of the reward: at most three of verifiers (two kinds and a format) and two of services."""
-    return 3 * config.reward.batch_time_limit_s + 2 * config.reward.request_deadline_s
+    """Of one call of the reward, of training or held-out responses: what each of their kinds may take, and the form.
+
+    Verifiers start at their first call.
+    """
+    form_s = START_LIMIT_S + config.reward.batch_time_limit_s if config.reward.format == "pattern" else 0.0
+    return max(form_s + _kinds_s(config, training_sources(config.data)), _kinds_s(config, held_out_sources(config)))
+
+
+def _kinds_s(config: Config, sources: Mapping[str, SourceConfig]) -> float:
+    kinds, reward = {source.reward or config.reward.kind for source in sources.values()}, config.reward
+    return sum(
+        START_LIMIT_S + _TRIES[kind] * reward.batch_time_limit_s if kind in _TRIES else reward.request_deadline_s
+        for kind in kinds
+    )
 
 
 def _judging_s(config: Config) -> float:

@@ -87,7 +87,7 @@ def _require_known(key: str, origin: str) -> None:
         return
     if f"{key}.".startswith(f"{_GONE}."):
         meant = f"data.evals.{NAME}{key.removeprefix(_GONE)}"
-        raise ConfigError(f"unknown key {key} in {origin}; a held-out set has a name: {meant}")
+        raise ConfigError(f"unknown key {key} in {origin}; a held-out set has a name: {meant}; or leave it out")
     if _is_section(key):
         raise ConfigError(f"{key} in {origin} is a section; set one of its keys, such as {_first_key(key)}")
     raise ConfigError(f"unknown key {key} in {origin}; {_suggestion(key)}")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+START_LIMIT_S = 120.0
+"""Of the processes that verify, which import sympy or a user's function, maybe on a busy machine."""
+
 
 @dataclass(frozen=True)
 class RewardConfig:

@@ -45,7 +45,7 @@ class RolloutConfig:
     health_deadline_s: float = 60.0
     """A server without a sign of life for so long is taken for dead, and its requests go to others."""
     restart_backoff_s: float = 1.0
-    """Wait before a dead server is started again, or one that could not be synced is tried; doubles, up to a minute."""
+    """Wait before a dead server is started again, or one that no sync has brought is tried; doubles, see the docs."""
     request_deadline_s: float = 600.0
     """One step's sampling must end within this time."""
     max_concurrent_requests: int = 64
@@ -76,9 +76,9 @@ class ScheduleConfig:
     max_draws: float = 4.0
     """Dynamic sampling draws at most this many times rollout.num_prompts in a step, and goes on with what it has."""
     time_budget_s: float = 0.0
-    """Sampling of a step ends after this time, with at least train.batch_size responses; 0: no limit."""
+    """Sampling ends after this time, with train.batch_size responses and all that it must await; 0: no limit."""
     token_budget: int = 0
-    """Sampling ends once complete groups have so many response tokens, and train.batch_size responses; 0: no limit."""
+    """Sampling ends, as with time_budget_s, once complete groups have so many response tokens; 0: no limit."""
 
     @property
     def is_plain(self) -> bool:

@@ -30,12 +30,6 @@ def read_jsonl(path: str | Path) -> Iterator[Record]:
         raise ValueError(f"{path}:1: the file holds no objects; write one JSON object a line")
 
 
-def count_jsonl(path: str | Path) -> int:
-    """The objects of a JSONL file, unread: its lines that are not blank."""
-    with Path(path).open("rb") as file:
-        return sum(1 for line in file if line.strip())
-
-
 def _parse(raw: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(raw.decode("utf-8-sig"))

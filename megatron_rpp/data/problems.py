@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from megatron_rpp.config.data import DataConfig, SourceConfig
-from megatron_rpp.data.jsonl import count_jsonl, first_present, list_names, read_jsonl
+from megatron_rpp.data.jsonl import first_present, list_names, read_jsonl
 from megatron_rpp.data.questions import ask
 from megatron_rpp.data.reasoning_gym import gym_problems
-from megatron_rpp.data.tables import parquet_count, parquet_rows, saved_count, saved_rows
+from megatron_rpp.data.tables import parquet_rows, saved_rows
 
 
 class Record(NamedTuple):
@@ -39,10 +39,11 @@ class Tally:
 
     used: int = 0
     filtered: int = 0  # left out by their pass rate
-    unread: int = 0  # behind the last one that `size` leaves room for
+    has_more: bool = False  # behind the last one that `size` leaves room for
 
     def __str__(self) -> str:
-        return f"{self.used} problems used, {self.filtered} left out by their pass rate, {self.unread} left unread"
+        more = "; more are left unread" if self.has_more else ""
+        return f"{self.used} problems used, {self.filtered} left out by their pass rate{more}"
 
 
 def read_problems(
@@ -68,7 +69,8 @@ def read_problems(
     """
     needs_pass_rate = needs_pass_rate or source.is_filtered
     tally = tally or Tally()
-    for where, fields, metadata in read_records(source):
+    records = read_records(source)
+    for where, fields, metadata in records:
         pass_rate = _pass_rate(fields, source.pass_rate_key, where) if needs_pass_rate else None
         if pass_rate is not None and not source.min_pass_rate <= pass_rate <= source.max_pass_rate:
             tally.filtered += 1
@@ -78,7 +80,7 @@ def read_problems(
         tally.used += 1
         yield Problem(where, text, turns, answer, metadata, pass_rate)
         if tally.used == source.size:
-            tally.unread = _COUNTS[source.kind](source) - tally.used - tally.filtered
+            tally.has_more = next(records, None) is not None
             return
     if not tally.used and not tally.filtered:
         raise ValueError(f"{source.path}: holds no problems; one row is one problem")
@@ -113,13 +115,6 @@ _READERS: dict[str, Callable[[SourceConfig], Iterator[Record]]] = {
     "parquet": _table_records,
     "huggingface": _table_records,
     "reasoning_gym": _gym_records,
-}
-
-_COUNTS: dict[str, Callable[[SourceConfig], int]] = {
-    "jsonl": lambda source: count_jsonl(source.path),
-    "parquet": parquet_count,
-    "huggingface": saved_count,
-    "reasoning_gym": lambda source: source.size,  # it has generated no more
 }
 
 

@@ -34,15 +34,6 @@ def parquet_rows(source: SourceConfig) -> Iterator[Row]:
             raise ValueError(f"{path}: row {row} or a later one cannot be read: {error}") from error
 
 
-def parquet_count(source: SourceConfig) -> int:
-    """The rows of all files, from their ends alone."""
-    count = 0
-    for path in _files(source):
-        with _open(path) as file:
-            count += file.metadata.num_rows
-    return count
-
-
 def parquet_columns(source: SourceConfig) -> Iterator[tuple[str, Columns]]:
     """(file, its columns) of each file, from its end alone."""
     for path in _files(source):
@@ -66,11 +57,6 @@ def saved_rows(source: SourceConfig) -> Iterator[Row]:
 def saved_columns(source: SourceConfig) -> Iterator[tuple[str, Columns]]:
     """(folder, its columns), as `parquet_columns` has them. Raises as `saved_rows`."""
     yield source.path, _tree(open_saved(source).features.arrow_schema)
-
-
-def saved_count(source: SourceConfig) -> int:
-    """The rows of the dataset. Raises as `saved_rows`."""
-    return len(open_saved(source))
 
 
 def _tree(fields: Iterable[Any]) -> Columns:

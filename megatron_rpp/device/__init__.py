@@ -6,12 +6,13 @@ Packages that import megatron import this one first, in their __init__.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from megatron_rpp.config.own_environment import SET_HERE as SET_HERE  # server_command.py's, too
+from megatron_rpp.config.own_environment import set_own
 from megatron_rpp.device import cpu
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -96,9 +97,6 @@ def set_rng_state(state: torch.Tensor | None) -> None:
 
 
 # torch's compiler would start up to 32 processes for each rank of the host. Read when torch._inductor is imported.
-_FOR_RANKS = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-SET_HERE = {name: value for name, value in _FOR_RANKS.items() if name not in os.environ}
-"""Of this process's environment, what is no setting of the user's; other programs are started without it."""
-os.environ.update(SET_HERE)
+set_own({"TORCHINDUCTOR_COMPILE_THREADS": "1"})
 if not has_cuda():
     cpu.install()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+from collections.abc import Collection
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +24,7 @@ from megatron_rpp.model.layers.attention import SDPACoreAttention
 from megatron_rpp.model.layers.features import add_features
 from megatron_rpp.model.layers.mla import use_local_mla, use_spec_mla
 from megatron_rpp.model.layers.norms import RMSNorm
+from megatron_rpp.parallel.collectives import gather_objects
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +33,37 @@ def resolve_layer_spec(choice: str) -> str:
     """`te` or `local` for the config's `auto | te | local`. ValueError where `te` cannot run, with the reason."""
     if choice == "local" or (choice == "auto" and not device.has_cuda()):
         return "local"
-    missing = _missing_for_te() if device.has_cuda() else "a GPU, and this process sees none"
+    missing = _missing()
     if missing and choice == "te":
         raise ValueError(f"model.layer_spec=te needs {missing}; use auto or local")
     return "local" if missing else "te"
+
+
+def agreed_layer_spec(choice: str) -> str:
+    """As `resolve_layer_spec`, and the same on every rank. A collective over the whole job.
+
+    Raises ValueError where `auto` finds Transformer Engine's layers on some ranks alone.
+    """
+    own = resolve_layer_spec(choice)
+    missing = "" if choice == "local" or own == "te" else _missing()
+    found = gather_objects((own, missing))
+    odd = {rank: why for rank, (spec, why) in enumerate(found) if spec == "local"}
+    if 0 < len(odd) < len(found):
+        reason = " / ".join(dict.fromkeys(odd.values()))
+        raise ValueError(
+            f"model.layer_spec={choice}: {_ranks(odd)} of {len(found)} cannot run Transformer Engine's layers, "
+            f"which the others would take: they need {reason}; mend their hosts, or set model.layer_spec=local"
+        )
+    return own
+
+
+def _ranks(ranks: Collection[int]) -> str:
+    shown = ", ".join(map(str, sorted(ranks)[:8]))
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}{', ...' if len(ranks) > 8 else ''}"
+
+
+def _missing() -> str:
+    return _missing_for_te() if device.has_cuda() else "a GPU, and this process sees none"
 
 
 @lru_cache(maxsize=1)  # so that `auto` warns once, and a kernel is tried once
@@ -48,6 +77,8 @@ def _missing_for_te() -> str:
         engine = importlib.import_module("transformer_engine.pytorch")
         failed = f"run on this GPU ({', '.join(sorted({gpu.name for gpu in gpus()}))})"
         _run_a_kernel(engine)
+    except torch.OutOfMemoryError:  # of this GPU now: says nothing of the library
+        raise
     except Exception as error:
         said = " ".join(str(error).split()) or type(error).__name__
         reason = f"transformer-engine, which is installed and cannot be {failed}: {said}"

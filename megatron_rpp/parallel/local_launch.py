@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from megatron_rpp.config.own_environment import inherited
 from megatron_rpp.observability.logs import log_path, tail
 from megatron_rpp.parallel import failures
 from megatron_rpp.parallel.environment import node_name
@@ -75,7 +76,7 @@ class _Job:
 def _start(job: _Job, argv: Sequence[str], world_size: int) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=2 * world_size + 8) as listener:
         name = f"local.{time.strftime('%Y%m%d-%H%M%S')}.{os.getpid()}.{listener.getsockname()[1]}"
-        base = {**os.environ, "RPP_LOCAL_JOB": name}
+        base = {**inherited(), "RPP_LOCAL_JOB": name}
         job.attempt = base.get("RPP_ATTEMPT") or name
         for rank in range(world_size):
             env = _rank_env(base, rank, world_size, listener)

@@ -14,6 +14,7 @@ from megatron_rpp.parity.prompt_ids import check_prompt_ids
 from megatron_rpp.parity.rescore import Scored, assign, rescore, share_of, shortened
 from megatron_rpp.parity.run_parts import RunParts
 from megatron_rpp.rollout.http import post_json
+from megatron_rpp.weight_sync.transport import Deadline
 
 T = TypeVar("T")
 Scores = dict[str, Rescored]
@@ -54,7 +55,8 @@ def find_answer(
         at_one: [len(picked), S], the trainer's log-probs of them at temperature 1.
     """
     if asked is None:
-        asked = Asked() if s.config.rollout.release_memory else ask_servers(s, picked)
+        deadline = Deadline("parity", s.config.rollout.request_deadline_s)
+        asked = Asked() if s.config.rollout.release_memory else ask_servers(s, picked, deadline)
     nothing: Scores = {}
     scores, broken = _tried("not scored again", lambda: _scores(asked, worst, at_one), nothing)
     prompt_ids, unchecked = _tried(
@@ -65,10 +67,10 @@ def find_answer(
     return Answer(scores, prompt_ids, (*asked.notes, *broken, *unchecked))
 
 
-def ask_servers(s: RunParts, picked: Sequence[Rollout]) -> Asked:
+def ask_servers(s: RunParts, picked: Sequence[Rollout], deadline: Deadline) -> Asked:
     """This replica's share of the servers for their log-probs of `picked`. Never raises: other ranks wait for it."""
     nothing: tuple[dict[str, list[Scored]], list[str]] = ({}, [])
-    (scored, failed), broken = _tried("not scored again", lambda: _rescored(s, picked), nothing)
+    (scored, failed), broken = _tried("not scored again", lambda: _rescored(s, picked, deadline), nothing)
     return Asked(scored, (*failed, *broken))
 
 
@@ -89,12 +91,12 @@ def _tried(what: str, compute: Callable[[], T], instead: T) -> tuple[T, list[str
         return instead, [f"{what}: {type(error).__name__}: {error}"]
 
 
-def _rescored(s: RunParts, picked: Sequence[Rollout]) -> tuple[dict[str, list[Scored]], list[str]]:
+def _rescored(s: RunParts, picked: Sequence[Rollout], deadline: Deadline) -> tuple[dict[str, list[Scored]], list[str]]:
     """(what this replica's share of the servers said, by URL; a line for each that failed)."""
     urls = share_of(s.client.urls, s.policy.parallel.dp_rank, s.policy.parallel.dp_size)
     room = s.config.rollout.context_length
     items = [shortened(row, r.prompt.token_ids, r.response_ids, room) for row, r in enumerate(picked)]
-    return rescore(post_json, assign(items, urls), s.config.rollout.request_deadline_s)
+    return rescore(post_json, assign(items, urls), deadline)
 
 
 def _scores(asked: Asked, worst: ExperienceBatch, at_one: Tensor) -> Scores:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_rpp.experience.types import Rollout
+from megatron_rpp.parallel.collectives import gather_objects, words_of
 from megatron_rpp.parity.answer import Asked, ask_servers
 from megatron_rpp.parity.run_parts import RunParts
 from megatron_rpp.rollout.protocol import RolloutError
-from megatron_rpp.weight_sync.transport import OutOfStepError, WeightSyncError
+from megatron_rpp.weight_sync.transport import Deadline, OutOfStepError, WeightSyncError
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,17 @@ class AwakeAnswer:
 def ask_while_awake(s: RunParts, rollouts: Sequence[Rollout]) -> AwakeAnswer:
     """Of the weights, and of the longest of this replica's `rollouts`. A collective over the whole job.
 
-    Which of them differ most nobody knows yet; over a long one a wrong rope setting shows.
+    Which of them differ most nobody knows yet; over a long one a wrong rope setting shows. The asking takes each
+    replica weight_sync.deadline_s at most, and what fails is a note.
+
+    Raises OutOfStepError where ranks are missing.
     """
     stale, notes = stale_weights(s)
     longest = sorted(rollouts, key=lambda r: -len(r.response_ids))
     picked = tuple(longest[: responses_of_a_replica(s)])
-    asked = ask_servers(s, picked) if s.policy.parallel.is_replica_leader else Asked()
+    deadline = Deadline("parity", s.config.weight_sync.deadline_s)
+    asked = ask_servers(s, picked, deadline) if s.policy.parallel.is_replica_leader else Asked()
+    gather_objects(None)  # all have asked: whatever comes next waits for no slow server
     return AwakeAnswer(stale, notes, picked, asked)
 
 
@@ -42,8 +48,8 @@ def stale_weights(s: RunParts) -> tuple[tuple[str, ...] | None, tuple[str, ...]]
         return tuple(s.engine.verify_weights()), ()
     except OutOfStepError:
         raise
-    except (RolloutError, WeightSyncError) as error:  # raised on every rank
-        return None, (f"weights not compared: {error}",)
+    except Exception as error:  # whatever it is: a rank that raises here leaves the others in a collective
+        return None, (f"weights not compared: {words_of(error, RolloutError, WeightSyncError)}",)
 
 
 def responses_of_a_replica(s: RunParts) -> int:

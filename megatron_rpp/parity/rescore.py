@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rpp.rollout.protocol import RolloutError
+from megatron_rpp.weight_sync.transport import Deadline
 
 Post = Callable[[str, str, dict[str, object], float], dict[str, object]]
 """post(url, endpoint, payload, timeout_s) -> the server's JSON reply; raises RolloutError."""
@@ -53,11 +54,11 @@ def assign(sequences: Sequence[ScoreItem], urls: Sequence[str]) -> dict[str, lis
 
 
 def rescore(
-    post: Post, given: dict[str, list[ScoreItem]], timeout_s: float
+    post: Post, given: dict[str, list[ScoreItem]], deadline: Deadline
 ) -> tuple[dict[str, list[Scored]], list[str]]:
-    """(the servers' log-probs at temperature 1, by URL; a line for each server that failed)."""
+    """(the servers' log-probs at temperature 1, by URL; a line for each server that failed, or is late)."""
     with ThreadPoolExecutor(min(max(len(given), 1), _MAX_THREADS)) as pool:
-        asked = {url: pool.submit(_score_all, post, url, items, timeout_s) for url, items in given.items()}
+        asked = {url: pool.submit(_score_all, post, url, items, deadline) for url, items in given.items()}
     scored, failed = {}, []
     for url, future in asked.items():
         try:
@@ -69,8 +70,13 @@ def rescore(
     return scored, failed
 
 
-def _score_all(post: Post, url: str, items: Sequence[ScoreItem], timeout_s: float) -> list[Scored]:
-    return [(item, logprobs_of(url, item, post(url, "generate", _payload(item), timeout_s))) for item in items]
+def _score_all(post: Post, url: str, items: Sequence[ScoreItem], deadline: Deadline) -> list[Scored]:
+    scored: list[Scored] = []
+    for item in items:
+        if deadline.is_over():
+            raise RolloutError(f"{url}/generate: {len(scored)} of {len(items)} responses in {deadline.seconds:g} s")
+        scored.append((item, logprobs_of(url, item, post(url, "generate", _payload(item), deadline.left_s()))))
+    return scored
 
 
 def _payload(item: ScoreItem) -> dict[str, object]:

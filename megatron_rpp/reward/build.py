@@ -35,6 +35,18 @@ class RewardBySource:
                 scores[row] += score
         return scores
 
+    @property
+    def function(self) -> FunctionReward | None:
+        """The user's own, where a source has it."""
+        found = self._rewards.get("function")
+        assert found is None or isinstance(found, FunctionReward)
+        return found
+
+    def start(self) -> None:
+        """Says now what only a start tells: raises ConfigError where the user's function cannot be imported."""
+        if self.function is not None:
+            self.function.start()
+
     def metrics(self) -> Metrics:
         """Those of all kinds and of the format."""
         found = self._format.metrics()
@@ -48,7 +60,10 @@ class RewardBySource:
 
 
 def build_reward(
-    config: RewardConfig, sources: Mapping[str, SourceConfig], model_urls: Sequence[str] = ()
+    config: RewardConfig,
+    sources: Mapping[str, SourceConfig],
+    model_urls: Sequence[str] = (),
+    beside: RewardBySource | None = None,
 ) -> RewardBySource:
     """The reward for prompts of `sources`, by Prompt.source. A kind is built once, however many ask for it.
 
@@ -56,23 +71,25 @@ def build_reward(
         config: the section `reward`.
         sources: training_sources or held_out_sources (config/sources.py).
         model_urls: of servers of the reward model, where a source asks for kind model.
+        beside: the reward of other prompts, in whose processes the user's function runs, too.
 
     Raises:
-        ValueError: a function that is not there, a reward model without its tokenizer.
+        ValueError: a reward model without its tokenizer.
     """
     kinds = {name: source.reward or config.kind for name, source in sources.items()}
     rewards = {}
     for kind in sorted(set(kinds.values())):
         assert kind in _MAKERS, kind  # config/ranges.py and config/sources.py have looked
         own = {name: source for name, source in sources.items() if kinds[name] == kind}
-        rewards[kind] = _MAKERS[kind](config, own, model_urls)
+        rewards[kind] = _MAKERS[kind](config, own, model_urls, beside)
     return RewardBySource(kinds, rewards, FormatReward(config))
 
 
-_MAKERS: dict[str, Callable[[RewardConfig, Mapping[str, SourceConfig], Sequence[str]], Reward]] = {
-    "math_answer": lambda config, sources, urls: MathAnswerReward(config),
-    "reasoning_gym": lambda config, sources, urls: ReasoningGymReward(config, sources),
-    "function": lambda config, sources, urls: FunctionReward(config),
-    "remote": lambda config, sources, urls: RemoteReward(config),
-    "model": lambda config, sources, urls: RewardModel(config, urls),
+_Maker = Callable[[RewardConfig, Mapping[str, SourceConfig], Sequence[str], RewardBySource | None], Reward]
+_MAKERS: dict[str, _Maker] = {
+    "math_answer": lambda config, sources, urls, beside: MathAnswerReward(config),
+    "reasoning_gym": lambda config, sources, urls, beside: ReasoningGymReward(config, sources),
+    "function": lambda config, sources, urls, beside: FunctionReward(config, beside.function if beside else None),
+    "remote": lambda config, sources, urls, beside: RemoteReward(config),
+    "model": lambda config, sources, urls, beside: RewardModel(config, urls),
 }

@@ -36,10 +36,16 @@ class FunctionReward:
     each rollout by itself, so that one response costs no other its reward; those that fail again earn reward.wrong.
     """
 
-    def __init__(self, config: RewardConfig) -> None:
-        """Raises ConfigError where there is no such function."""
-        self._path, self._limit_s = config.function, config.batch_time_limit_s
-        self._pool = WorkerPool(FUNCTION, Limits.of(config), given_up=config.wrong, most=math.inf, path=config.function)
+    def __init__(self, config: RewardConfig, beside: FunctionReward | None = None) -> None:
+        """beside: the same function's for other responses, whose processes are this one's, too."""
+        self._config, self._path = config, config.function
+        pool = None if beside is None else beside._pool
+        self._pool: WorkerPool = WorkerPool(
+            FUNCTION, Limits.of(config), most=math.inf, beside=pool, path=config.function
+        )
+
+    def start(self) -> None:
+        """Imports the function in a process of its own, as the first call would. ConfigError where there is none."""
         try:
             self._pool.start()
         except RuntimeError as error:
@@ -47,16 +53,16 @@ class FunctionReward:
             raise ConfigError(message if is_ours else f"reward.function={self._path}: {error}") from error
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """Raises RewardError where the function does, and for a result that is no list of rewards."""
+        """Raises RewardError where the function does, for a result that is no list of rewards, and where all fail."""
         if not rollouts:
             return []
-        said = self._pool.score_together(list(rollouts), self._limit_s)
+        said = self._pool.score_together(list(rollouts), self._config.batch_time_limit_s)
         if isinstance(said, Failure):
             logger.warning(
                 "reward.function=%s %s with %d responses; now it is given one at a time",
                 self._path, _WHY[said], len(rollouts),
             )  # fmt: skip
-            return self._pool.score([("", rollout) for rollout in rollouts])
+            return self._one_by_one(rollouts)
         return self._rewards(said, len(rollouts))
 
     def metrics(self) -> Metrics:
@@ -65,6 +71,18 @@ class FunctionReward:
 
     def close(self) -> None:
         self._pool.close()
+
+    def _one_by_one(self, rollouts: Sequence[Rollout]) -> list[float]:
+        scores = self._pool.try_score([("", rollout) for rollout in rollouts])
+        if len(scores) > 1 and all(score is None for score in scores):
+            limits = self._config
+            raise RewardError(
+                f"reward.function={self._path} gave none of {len(scores)} responses a reward, neither together nor one "
+                f"at a time: raise reward.batch_time_limit_s={limits.batch_time_limit_s:g} (of a call), "
+                f"reward.time_limit_s={limits.time_limit_s:g} (of a response) or "
+                f"reward.memory_limit_mb={limits.memory_limit_mb}, or mend the function"
+            )
+        return [self._config.wrong if score is None else score for score in scores]
 
     def _rewards(self, said: str, count: int) -> list[float]:
         """Of the worker's line, which what ran there may have written."""

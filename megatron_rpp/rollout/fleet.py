@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_rpp.config.schema import Config
 from megatron_rpp.experience.types import UNSYNCED
 from megatron_rpp.rollout.members import AttachedMember, Member, SpawnedMember
-from megatron_rpp.rollout.probe import at_once
+from megatron_rpp.rollout.probe import ServerInfo, at_once
 from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.rollout.registry import Registry
 from megatron_rpp.rollout.run_server import run_server
@@ -30,11 +30,16 @@ class Server:
     """A server that is healthy."""
 
     url: str
-    tp_size: int
-    device: str  # cpu | cuda
+    info: ServerInfo
     version: int  # policy version it was last brought to; UNSYNCED: none, also after a restart
-    ep_size: int = 1  # of its experts
-    quantization: str = ""  # of its weights, such as fp8, where it says so
+
+    @property
+    def tp_size(self) -> int:
+        return self.info.tp_size
+
+    @property
+    def device(self) -> str:
+        return self.info.device
 
     @property
     def is_synced(self) -> bool:
@@ -99,9 +104,7 @@ class ServerFleet:
         for trouble in self._look(suspects).values():
             logger.warning("%s", trouble)
         return tuple(
-            Server(member.url, info.tp_size, info.device, member.version, info.ep_size, info.quantization)
-            for member in self._members
-            if (info := member.info) is not None
+            Server(member.url, member.info, member.version) for member in self._members if member.info is not None
         )
 
     def mark(self, urls: Collection[str], version: int) -> None:
@@ -110,11 +113,14 @@ class ServerFleet:
             if member.url in urls:
                 member.version = version
 
-    def drop(self, url: str, reason: str) -> None:
-        """After a back-off a spawned server, which is killed, starts again, and an attached one is looked at again."""
+    def drop(self, url: str, reason: str, lost_s: float = 0.0) -> None:
+        """After a back-off a spawned server, which is killed, starts again, and an attached one is looked at again.
+
+        lost_s: what it has cost the run, as Backoff.failed's.
+        """
         for member in self._serving():
             if member.url == url:
-                member.drop(reason)
+                member.drop(reason, lost_s)
 
     def stop(self) -> None:
         """Stop what was spawned; attached servers run on."""

@@ -40,8 +40,8 @@ class Member(ABC):
         return self.url, 0
 
     @abstractmethod
-    def drop(self, reason: str) -> None:
-        """Serve no more."""
+    def drop(self, reason: str, lost_s: float = 0.0) -> None:
+        """Serve no more until a back-off is over. lost_s: as Backoff.failed's."""
 
     @abstractmethod
     def settle(self, seen: ServerInfo | str) -> None:
@@ -92,8 +92,8 @@ class AttachedMember(Member):
                 post_json(self.url, "continue_generation", {}, _BRIEF_S)
         return seen
 
-    def drop(self, reason: str) -> None:
-        wait_s = self._backoff.failed()
+    def drop(self, reason: str, lost_s: float = 0.0) -> None:
+        wait_s = self._backoff.failed(lost_s)
         logger.warning("the SGLang server at %s is left out, to be tried again in %g s: %s", self.url, wait_s, reason)
         self._leave(reason)
 
@@ -141,9 +141,9 @@ class SpawnedMember(Member):
             return self._server.ending or self.trouble
         return super().look(is_suspect=is_suspect)
 
-    def drop(self, reason: str) -> None:
+    def drop(self, reason: str, lost_s: float = 0.0) -> None:
         self._server.stop()
-        wait_s = self._backoff.failed()
+        wait_s = self._backoff.failed(lost_s)
         logger.warning("the SGLang server at %s is down, to start again in %g s: %s", self.url, wait_s, reason)
         self._leave(reason)
 

@@ -25,6 +25,8 @@ class ServerInfo:
     tp_size: int
     device: str  # cpu | cuda
     ep_size: int = 1  # of its experts
+    dp_size: int = 1  # copies of the model, or of its attention
+    pp_size: int = 1
     quantization: str = ""  # of its weights, such as fp8, where it says so
 
 
@@ -37,6 +39,8 @@ def examine(url: str, timeout_s: float) -> ServerInfo | str:
             tp_size=int(str(info["tp_size"])),
             device=str(info["device"]),
             ep_size=int(str(info.get("ep_size") or 1)),
+            dp_size=max(int(str(info.get(key) or 1)) for key in ("dp_size", "attn_dp_size")),
+            pp_size=int(str(info.get("pp_size") or 1)),
             quantization=str(info.get("quantization") or ""),
         )
     except RolloutError as error:

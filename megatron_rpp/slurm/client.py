@@ -5,10 +5,11 @@ A job is named as SLURM wants it: JOB, or ARRAYJOB_TASK, since the bare id of on
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from megatron_rpp.config.own_environment import inherited
 
 _LIMIT_S = 60.0
 
@@ -53,7 +54,7 @@ def batch_script(job_id: str, path: Path) -> None:
 
 def submit(arguments: Sequence[str]) -> str:
     """`sbatch`; the id of the new job."""
-    return run("sbatch", "--parsable", *arguments, env=outside_environment(os.environ)).strip().partition(";")[0]
+    return run("sbatch", "--parsable", *arguments, env=outside_environment(inherited())).strip().partition(";")[0]
 
 
 def find_by_comment(comment: str) -> str | None:

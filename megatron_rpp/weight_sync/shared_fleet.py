@@ -59,12 +59,12 @@ class SharedFleet:
         self.known = tuple(replace(s, version=version) if s.url in urls else s for s in self.known)
         self.has_released_memory = False
 
-    def drop(self, servers: Sequence[Server], reason: str) -> None:
-        """Do without `servers` until they have been started again, or answer anew."""
+    def drop(self, servers: Sequence[Server], reason: str, lost_s: float = 0.0) -> None:
+        """Do without `servers` until they have been started again, or answer anew. lost_s: as ServerFleet.drop's."""
         urls = {server.url for server in servers}
         if self._fleet is not None:
             for url in urls:
-                self._fleet.drop(url, reason)
+                self._fleet.drop(url, reason, lost_s)
         self.known = tuple(server for server in self.known if server.url not in urls)
 
     def release_memory(self) -> None:

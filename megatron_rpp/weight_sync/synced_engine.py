@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -23,6 +24,7 @@ from megatron_rpp.rollout.protocol import ProgressCallback, RolloutError, Sampli
 from megatron_rpp.rollout.recorded import RecordedClient
 from megatron_rpp.rollout.sampler import Flight
 from megatron_rpp.rollout.sglang_client import SGLangClient
+from megatron_rpp.weight_sync.participants import parted, still_wanted
 from megatron_rpp.weight_sync.phases import Phases
 from megatron_rpp.weight_sync.server_checks import check_servers
 from megatron_rpp.weight_sync.shared_fleet import SharedFleet
@@ -40,7 +42,8 @@ class SyncedRolloutEngine:
 
     Servers may die, be started again, join and leave: what serves has been brought to `policy_version` and
     verified. A failed sync is tried on the next transport, the last time without the servers that every try has
-    named, if there are others; after `rollout.max_retries` the error is raised on every rank.
+    named (two at least), if there are others; after `rollout.max_retries` the error is raised on every rank. Servers
+    that join while others serve get one try.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class SyncedRolloutEngine:
         self._dtype, self._recorded = dtype, RecordedClient(client, journal)
         self._phases = Phases(policy.parallel.store, self._config.deadline_s)
         self._fleet = SharedFleet(fleet, self._phases, config.rollout)
+        self._failed_newcomers = 0  # in a row: tries of servers that joined while others served
         self.policy_version = UNSYNCED  # of the policy's weights, and of the serving servers
         self.last_sync: SyncReport | None = None
 
@@ -72,7 +76,7 @@ class SyncedRolloutEngine:
         """
         self._fleet.wait_ready()
         if self._config.verify != "off":
-            check_servers(self._fleet.known, self._dtype)
+            check_servers(self._fleet.known, self._dtype, self._config.unverified)
 
     def generate(
         self,
@@ -138,7 +142,7 @@ class SyncedRolloutEngine:
         where a server could not be asked.
         """
         config = replace(self._config, verify="full")
-        verification = Verification(self._policy.hf, self._serving(), self.policy_version, config)
+        verification = Verification(self._policy.hf, self._serving(), self.policy_version, self._dtype, config)
         is_leader, deadline = self._policy.parallel.is_stage_leader, self._phases.deadline("verify")
         gather = partial(self._phases.gather_shards, deadline)
         export = StageExport(self._policy, self._dtype, gather, verification.add if is_leader else None)
@@ -178,54 +182,57 @@ class SyncedRolloutEngine:
         if newcomers or self._fleet.has_released_memory:
             wanted = list(servers) if self._fleet.has_released_memory else newcomers
             logger.info("bringing %s to version %d", ", ".join(s.url for s in wanted), self.policy_version)
-            try:
+            if self._fleet.has_released_memory or not self._serving():
                 self._bring(wanted, self.policy_version)
-            except WeightSyncError as error:
-                if isinstance(error, OutOfStepError) or not self._serving():
-                    raise
-                self._fleet.drop(wanted, str(error))  # the others go on
+            else:
+                self._try_newcomers(wanted)
         self._serve()
+
+    def _try_newcomers(self, servers: Sequence[Server]) -> None:
+        """Bring `servers` while others serve, which wait: once, and whom the error names is dropped.
+
+        The next time, then, on the next transport: the first may be one that a server cannot be reached by.
+        """
+        start, transport = time.monotonic(), self._transports[self._failed_newcomers % len(self._transports)]
+        try:
+            self._sync_by(transport, servers, self.policy_version)
+            self._failed_newcomers = 0
+        except OutOfStepError:
+            raise
+        except WeightSyncError as error:
+            self._failed_newcomers += 1
+            self._log_failure(self.policy_version, transport, error)
+            blamed = [server for server in servers if server.url in error.servers] or servers
+            self._fleet.drop(blamed, str(error), time.monotonic() - start)
+
+    def _sync_by(self, transport: Transport, servers: Sequence[Server], version: int, *, is_first: bool = True) -> None:
+        self.last_sync = self._transaction(servers, version, transport, is_first=is_first).run()
+        self._fleet.mark(servers, version)
 
     def _bring(self, servers: Sequence[Server], version: int) -> None:
         """Sync `servers`, or those of them that are still there, to `version`."""
         error: WeightSyncError | None = None
         always = {server.url for server in servers}  # whom every error has named
+        start = time.monotonic()
         for number in range(self._rollout.max_retries + 1):
             transport = self._transports[min(number, len(self._transports) - 1)]
             try:
-                self.last_sync = self._transaction(servers, version, transport, is_first=number == 0).run()
-                self._fleet.mark(servers, version)
+                self._sync_by(transport, servers, version, is_first=number == 0)
                 return
             except OutOfStepError:
                 raise
             except WeightSyncError as caught:
                 error = caught
-                logger.warning("weight sync to version %d by %s failed: %s", version, transport.name, error)
+                self._log_failure(version, transport, error)
                 self._fleet.suspect(error.servers)
                 always &= error.servers
-                servers = self._still_wanted(servers, version)
-                if number + 1 == self._rollout.max_retries:
-                    servers = self._without(always, servers, version, str(error))
+                servers = still_wanted(self._fleet.servers(), servers, version)
+                if number + 1 == self._rollout.max_retries and number > 0:  # one bad moment is no proof
+                    servers, unfit = parted(servers, always)
+                    self._fleet.drop(unfit, f"no try has brought it: {error}", time.monotonic() - start)
                 if not servers:
                     return
         raise WeightSyncError(f"policy version {version}: {error}", error.failures if error else ()) from error
-
-    def _still_wanted(self, servers: Sequence[Server], version: int) -> list[Server]:
-        """Who of `servers` lives, or has come anew; none where others serve `version` already."""
-        alive = self._fleet.servers()
-        wanted = {server.url for server in servers}
-        left = [server for server in alive if server.url in wanted]
-        if left or any(server.version == version for server in alive):
-            return left
-        return list(alive)
-
-    def _without(self, urls: Set[str], servers: Sequence[Server], version: int, reason: str) -> list[Server]:
-        """`servers` without those at `urls`, which are dropped where others are left, or serve `version`."""
-        left = [server for server in servers if server.url not in urls]
-        if not left and not any(server.version == version for server in self._fleet.known):
-            return list(servers)
-        self._fleet.drop([server for server in servers if server.url in urls], f"no try has brought it: {reason}")
-        return left
 
     def _transaction(
         self, servers: Sequence[Server], version: int, transport: Transport, *, is_first: bool
@@ -243,6 +250,9 @@ class SyncedRolloutEngine:
             config,
             self._fleet.released,
         )
+
+    def _log_failure(self, version: int, transport: Transport, error: WeightSyncError) -> None:
+        logger.warning("weight sync to version %d by %s failed: %s", version, transport.name, error)
 
     def _serving(self) -> list[Server]:
         return [server for server in self._fleet.known if server.version == self.policy_version]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -25,16 +26,29 @@ _SHOWN = 5
 class Verification:
     """Of one attempt. `add` sees every tensor of this rank's stage on its sender; then all ranks `run` it."""
 
-    def __init__(self, hf: HFConfig, servers: Sequence[Server], version: int, config: WeightSyncConfig) -> None:
-        """Raises WeightSyncError, on all ranks alike, with the servers that cannot be verified."""
+    def __init__(
+        self,
+        hf: HFConfig,
+        servers: Sequence[Server],
+        version: int,
+        dtype: torch.dtype | None,
+        config: WeightSyncConfig,
+    ) -> None:
+        """dtype: of what is sent, as StageExport's.
+
+        Raises WeightSyncError, on all ranks alike, with the servers that cannot be verified.
+        """
+        assert servers, "nobody to verify"
         self._servers = tuple(servers)
         self.skip = _skipped(hf, version, config)
-        # By the servers' device, as they hash differently; empty: nothing is verified.
-        self._own = {} if config.verify == "off" else _expected(hf, servers, self.skip)
+        self._own: dict[str, ExpectedChecksums] | None = None  # by device, as they hash differently; None: verify=off
+        if config.verify != "off":
+            _refuse(servers, dtype, config.unverified)
+            self._own = _expected(hf, servers, self.skip)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """A whole tensor as it is sent."""
-        for own in self._own.values():
+        for own in (self._own or {}).values():
             own.add(name, tensor)
 
     def run(self, phases: Phases, *, is_leader: bool) -> None:
@@ -42,18 +56,20 @@ class Verification:
 
         is_leader: whether this rank has seen its stage's tensors (ParallelContext.is_stage_leader).
         """
-        if not self._own:
+        if self._own is None:
             return
         deadline = phases.deadline("verify")
-        stages = phases.run(deadline, (lambda _: self._result()) if is_leader else None)
+        own = self._own
+        stages = phases.run(deadline, (lambda _: _results(own)) if is_leader else None)
         told = [stage for stage in stages if stage is not None]
-        expected = {each: merge(stage[each] for stage in told) for each in self._own}
+        expected = {each: merge(stage[each] for stage in told) for each in own}
         check = partial(_check, expected, self.skip)
         each = partial(for_each_server, self._servers, check)
         phases.run(deadline, each if dist.get_rank() == 0 else None)
 
-    def _result(self) -> dict[str, Digests]:
-        return {each: own.result() for each, own in self._own.items()}
+
+def _results(own: Mapping[str, ExpectedChecksums]) -> dict[str, Digests]:
+    return {each: checksums.result() for each, checksums in own.items()}
 
 
 def _check(expected: Mapping[str, Digests], skip: Sequence[str], server: Server, deadline: Deadline) -> None:
@@ -64,10 +80,14 @@ def _check(expected: Mapping[str, Digests], skip: Sequence[str], server: Server,
         raise ServerFailure(server.url, f"{'; '.join(found[:_SHOWN])}{more}", tensors=found)
 
 
-def _expected(hf: HFConfig, servers: Sequence[Server], skip: Sequence[str]) -> dict[str, ExpectedChecksums]:
-    failures = [Failure("begin", 0, reason, server.url) for server in servers if (reason := why_unverifiable(server))]
+def _refuse(servers: Sequence[Server], dtype: torch.dtype | None, unverified: Sequence[str]) -> None:
+    reasons = [(server.url, why_unverifiable(server, dtype, unverified)) for server in servers]
+    failures = [Failure("begin", 0, reason, url) for url, reason in reasons if reason is not None]
     if failures:
         raise WeightSyncError("; ".join(map(str, failures)), failures)
+
+
+def _expected(hf: HFConfig, servers: Sequence[Server], skip: Sequence[str]) -> dict[str, ExpectedChecksums]:
     sizes: dict[str, set[int]] = {}
     for server in servers:
         sizes.setdefault(server.device, set()).add(server.tp_size)

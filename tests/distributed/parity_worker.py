@@ -1,9 +1,10 @@
-"""One rank of a job of two replicas with two pipeline stages: the evidence that it gathers, twice."""
+"""One rank of a job of two replicas with two pipeline stages: the evidence that it gathers, three times."""
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -20,16 +21,19 @@ from megatron_rpp.experience.types import ExperienceBatch, Prompt, Rollout, Vers
 from megatron_rpp.model.build import Model, build_model
 from megatron_rpp.parallel import bootstrap
 from megatron_rpp.parity import answer
+from megatron_rpp.parity.awake import ask_while_awake
 from megatron_rpp.parity.gather import gather_evidence
 from megatron_rpp.parity.measure import Mismatch
 from megatron_rpp.parity.run_parts import RunParts
 from megatron_rpp.rollout.protocol import RolloutError
+from megatron_rpp.weight_sync.phases import Phases
 from megatron_rpp.weight_sync.transport import WeightSyncError
 
 TEMPERATURE, ENGINE_TEMPERATURE = 0.8, 0.6  # configured, and true
 SERVER_SAYS = -2.0  # of every token
 RESPONSES = (3, 5)  # of each replica
 CHOSEN = 4  # parity.responses
+WAIT_S = 0.1  # of a phase
 URLS = ("http://good:1", "http://gone:1")  # asked by replica 0, and by replica 1
 
 
@@ -64,6 +68,15 @@ class Servers:
         self.asked.append((payload["input_ids"], start + 1))
         first, *rest = payload["input_ids"][start:]
         return {"meta_info": {"input_token_logprobs": [[None, first, None], *([SERVER_SAYS, i, None] for i in rest)]}}
+
+
+class SlowServers(Servers):
+    """All live, slower than rank 0 waits for the others in the phase behind them."""
+
+    def post_json(self, url: str, endpoint: str, payload: dict[str, Any], timeout_s: float) -> dict[str, object]:
+        if not self.asked:
+            time.sleep(WAIT_S + 2.5)
+        return super().post_json(URLS[0], endpoint, payload, timeout_s)
 
 
 class Numbers:
@@ -126,7 +139,15 @@ def main() -> None:
     (Path(out) / f"asked-{parallel.rank}.json").write_text(json.dumps(servers.asked))
     tokenizer = Numbers() if parallel.dp_rank == 0 else Broken()
     broken = gather_evidence(parts(Unasked(), Client(), tokenizer), batch, rollouts, Mismatch())
-    (Path(out) / f"evidence-{parallel.rank}.json").write_text(json.dumps([asdict(evidence), asdict(broken)]))
+    mine = rollouts if parallel.dp_rank == 1 else []  # as where the other replica's groups were complete first
+    answer.post_json = SlowServers().post_json
+    awake_parts = parts(NoDifference(), Client(), Numbers())
+    awake = ask_while_awake(awake_parts, mine)
+    phases = Phases(parallel.store, WAIT_S)
+    phases.run(phases.deadline("release memory"))
+    slow = gather_evidence(awake_parts, batch, mine, Mismatch(), awake)
+    found = [asdict(each) for each in (evidence, broken, slow)]
+    (Path(out) / f"evidence-{parallel.rank}.json").write_text(json.dumps(found))
     bootstrap.shutdown()
 
 

@@ -28,6 +28,7 @@ from megatron_rpp.parallel import bootstrap
 from megatron_rpp.parallel.collectives import gather_objects
 from megatron_rpp.rollout.fleet import Server
 from megatron_rpp.rollout.journal import open_journal
+from megatron_rpp.rollout.probe import ServerInfo
 from megatron_rpp.rollout.protocol import SamplingParams
 from megatron_rpp.rollout.schedule import scheduler
 from megatron_rpp.rollout.sglang_client import SGLangClient
@@ -62,7 +63,7 @@ class Fleet:
 
     def refresh(self, suspects: Collection[str] = ()) -> tuple[Server, ...]:
         self._versions |= {url: -1 for url in suspects if url in self._versions}
-        return tuple(Server(url, 1, "cpu", version) for url, version in self._versions.items())
+        return tuple(Server(url, ServerInfo(1, "cpu"), version) for url, version in self._versions.items())
 
     def mark(self, urls: Collection[str], version: int) -> None:
         self._versions |= dict.fromkeys(urls, version)
@@ -73,6 +74,9 @@ class Engine(SyncedRolloutEngine):
 
     def _bring(self, servers: Sequence[Server], version: int) -> None:
         self._fleet.mark(servers, version)
+
+    def _try_newcomers(self, servers: Sequence[Server]) -> None:
+        self._bring(servers, self.policy_version)
 
 
 class Reward:

@@ -28,7 +28,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def on_ranks(out: Path) -> list[list[dict[str, Any]]]:
-    """Of each rank, the evidence of the healthy job and that of the job with a broken tokenizer."""
+    """Of each rank, the evidence of the healthy job, with a broken tokenizer, and of servers that were asked first."""
     return [json.loads((out / f"evidence-{rank}.json").read_text()) for rank in range(RANKS)]
 
 
@@ -78,9 +78,17 @@ def test_a_leader_that_fails_leaves_the_other_ranks_a_note_and_its_scores(
 
 
 def test_weights_that_could_not_be_compared_are_not_called_equal(on_ranks: list[list[dict[str, Any]]]) -> None:
-    healthy, broken = on_ranks[0]
+    healthy, broken, _ = on_ranks[0]
     assert healthy["stale"] == [] and broken["stale"] is None
     assert any("weights not compared: nobody answers" in note for note in broken["notes"])
+
+
+def test_servers_that_are_slow_to_answer_before_they_sleep_lose_no_rank(on_ranks: list[list[dict[str, Any]]]) -> None:
+    """The ranks that ask nobody wait for the leaders, and one of these has no rollouts to ask about."""
+    slow = on_ranks[0][2]
+    assert slow["notes"] == [] and slow["stale"] == []
+    assert list(slow["servers"]) == [URLS[1]] and slow["servers"][URLS[1]]["tokens"] > 4
+    assert slow["prompt_ids"]["known"] == RESPONSES[1]
 
 
 def logprobs(out: Path, asked: list[tuple[list[int], int]], temperature: float) -> torch.Tensor:

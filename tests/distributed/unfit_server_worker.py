@@ -43,9 +43,9 @@ def main() -> None:
         with warnings_of("megatron_rpp") as warnings:
             engine.sync(step)
             synced = client.urls
-            if step:
-                time.sleep(4 * BACKOFF_S)  # it is tried again
-            engine.with_retries(lambda _: None)
+            if step:  # not in the first, whose sync has tried it: how long ago that was, nobody knows
+                time.sleep(4 * BACKOFF_S)  # longer than it is left out: it is tried again
+                engine.with_retries(lambda _: None)
         found.append({"synced": synced, "sampled": client.urls, "warnings": warnings})
     engine.close()
     (out / "result.json").write_text(json.dumps(found))

@@ -51,9 +51,10 @@ def main() -> None:
             if isinstance(transport, BroadcastTransport):
                 transport._bucket_bytes = BUCKET_BYTES
         for name in sys.argv[3:]:
+            pids = server_pids()
             with warnings_of("megatron_rpp") as warnings:
                 results.append({"fault": name, **SCENARIOS[name](session, config)})
-            results[-1] |= {"warnings": warnings, "pids": server_pids(), "run_dir": config.run.dir}
+            results[-1] |= {"warnings": warnings, "pids_before": pids, "pids": server_pids(), "run_dir": config.run.dir}
             if session.parallel.rank == 0:
                 (out / "result.json").write_text(json.dumps(results))
 

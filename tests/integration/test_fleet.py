@@ -17,6 +17,7 @@ from megatron_rpp.config.schema import Config, ModelConfig, RunConfig
 from megatron_rpp.experience.types import Prompt, Rollout
 from megatron_rpp.rollout.fleet import Server, ServerFleet
 from megatron_rpp.rollout.http import post_json
+from megatron_rpp.rollout.probe import ServerInfo
 from megatron_rpp.rollout.protocol import SamplingParams
 from megatron_rpp.rollout.sglang_client import SGLangClient
 from tests.support.processes import child_at
@@ -100,7 +101,7 @@ def test_what_a_server_samples_before_it_is_synced_is_not_accepted(rig: Rig) -> 
     post_json(new, "update_weight_version", {"new_version": "default"}, 30.0)  # what SGLang says after a start
     check_complete(rig.client.generate(PROMPTS, SAMPLING), rig.expected)
     assert rig.client.suspects == {new}
-    servers = [Server(new, 1, "cpu", -1), Server(synced, 1, "cpu", 0)]
+    servers = [Server(new, ServerInfo(1, "cpu"), -1), Server(synced, ServerInfo(1, "cpu"), 0)]
     assert list(rig.fleet.refresh(rig.client.suspects)) == servers, "it is healthy, and stays"
 
 
@@ -132,5 +133,5 @@ def test_a_server_that_is_killed_costs_no_response_and_is_dropped(rig: Rig) -> N
     kill = once_some_are_done(lambda: os.killpg(group, signal.SIGKILL))
     check_complete(rig.client.generate(PROMPTS, SAMPLING, progress=kill), rig.expected)
     assert rig.client.suspects == {victim}
-    assert rig.fleet.refresh(rig.client.suspects) == (Server(other, 1, "cpu", 0),)
+    assert rig.fleet.refresh(rig.client.suspects) == (Server(other, ServerInfo(1, "cpu"), 0),)
     assert not psutil.pid_exists(group)

@@ -55,9 +55,9 @@ def choice(text: str) -> tuple[str, str]:
 
 
 def letters(text: str) -> str:
-    """`AC` of the choices `A, C`, `C and A` or `AC`, in the order of the alphabet; "" for anything else."""
+    """`AC` of the choices `A, C`, `C and A`, `AC` or `CA`, in the order of the alphabet; "" for anything else."""
     parts = split_list(text)
-    found = "".join(sorted(choice(part)[0] for part in parts)) if len(parts) > 1 else text
+    found = "".join(sorted((choice(part)[0] for part in parts) if len(parts) > 1 else text))
     is_list = len(parts) < 2 or len(found) == len(parts)
     return found if is_list and _LETTERS.fullmatch(found) and len(set(found)) == len(found) else ""
 

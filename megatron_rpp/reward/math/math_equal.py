@@ -31,6 +31,9 @@ _MINUS_PLUS = re.compile(r"\\mp(?![A-Za-z])\s*")
 _CAPITALS = re.compile(r"[A-Z]{2,}")
 _FIGURE = re.compile(r"\\(?:angle|triangle|overline|widehat|odot)(?![A-Za-z])")
 _PRODUCT = re.compile(r"[a-z](?: ?[a-z]){1,2}")
+_JOINED = re.compile(r"[a-z]{2,3}")
+_VARIABLES = re.compile(r"[abcxyz]+|[uvw]+|[b-df-hj-np-tv-z]+")
+"""Letters that make up hardly a word in any order: those that name variables together, and no vowels."""
 _DEGREE = re.compile(r"\s*\^\\circ")
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot)")
 
@@ -140,6 +143,8 @@ def _same_words(given: str, wanted: str) -> bool | None:
     if _CAPITALS.fullmatch(given) and _CAPITALS.fullmatch(wanted):
         return False  # two names, or they were the same
     said = words(given), words(wanted)
+    if _JOINED.fullmatch(given) and _JOINED.fullmatch(wanted):  # `xy` for `yx`, and not `act` for `cat`
+        return None if _VARIABLES.fullmatch(given) and _VARIABLES.fullmatch(wanted) else said[0] == said[1]
     if not any(len(word) > 2 or word == "no" for word in said):
         return None
     if said[0] == said[1] or "no" in said:

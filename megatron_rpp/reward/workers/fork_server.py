@@ -9,11 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-START_LIMIT_S = 120.0  # importing sympy on a busy machine
+from megatron_rpp.config.reward import START_LIMIT_S
+
 MAX_STARTS = 3  # of the parent, for one worker
 
 
@@ -27,9 +29,13 @@ class ForkedProcess:
 
 
 class ForkServer:
-    """The parent of the workers of one scorer. It starts at the first fork, and again if it was killed."""
+    """The parent of the workers of one scorer. It starts at the first fork, and again if it was killed.
+
+    It answers one command at a time: `lock` is of whoever has a worker or asks for one.
+    """
 
     def __init__(self, scorer: str, arguments: dict[str, Any]) -> None:
+        self.lock = threading.Lock()
         self._scorer, self._arguments = scorer, arguments
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -50,7 +56,8 @@ class ForkServer:
         """A new worker, which may take `memory_bytes` beyond what the parent has.
 
         Raises:
-            RuntimeError: the parent does not start, for want of a package for instance, or ends again and again.
+            RuntimeError: the parent does not start, for want of a package for instance, or not in time, or ends again
+                and again.
         """
         for _ in range(MAX_STARTS):
             if not self.is_running and not self._start():
@@ -105,10 +112,15 @@ class ForkServer:
             self._process = _spawn(theirs.fileno())
         assert self._process.stdin is not None
         first = b""
-        with contextlib.suppress(OSError):
+        try:
             self._process.stdin.write(pickle.dumps((self._scorer, self._arguments)))
             self._process.stdin.flush()
             first = self._control.recv(8192)
+        except TimeoutError:
+            self.close()
+            raise RuntimeError(f"importing took over {START_LIMIT_S:g} s; load less at import") from None
+        except OSError:  # it has ended
+            pass
         if first == b"ready":
             return True
         self.close()

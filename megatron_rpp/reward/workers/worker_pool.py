@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import selectors
 import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -43,12 +42,20 @@ class WorkerPool:
     """Scores answers in processes that live as long as a call; their parent starts at first use and stays."""
 
     def __init__(
-        self, scorer: str, limits: Limits, *, given_up: float = 0.0, most: float = 1.0, **arguments: Any
+        self,
+        scorer: str,
+        limits: Limits,
+        *,
+        given_up: float = 0.0,
+        most: float = 1.0,
+        beside: WorkerPool | None = None,
+        **arguments: Any,
     ) -> None:
-        """scorer: path of its maker, which gets `arguments`. given_up: score at a limit. most: above, else cut off."""
+        """scorer: path of its maker, which gets `arguments`. given_up: score at a limit. most: above, else cut off.
+        beside: a pool of the same scorer, whose parent process is this one's, too."""
         self._limits, self._given_up, self._most = limits, given_up, most
-        self._server = ForkServer(scorer, arguments)
-        self._lock = threading.Lock()
+        self._server: ForkServer = ForkServer(scorer, arguments) if beside is None else beside._server
+        self._lock = self._server.lock
         self._metrics = _no_failures()
 
     @property
@@ -62,6 +69,10 @@ class WorkerPool:
         Raises:
             RuntimeError: a worker does not start, for want of a package for instance.
         """
+        return [self._given_up if score is None else score for score in self.try_score(items)]
+
+    def try_score(self, items: Sequence[tuple[str, Any]]) -> list[float | None]:
+        """As `score`, with None for those that were given up."""
         if not items:
             return []
         with self._lock:
@@ -72,7 +83,7 @@ class WorkerPool:
                 call.close()
             self._metrics.add_sum("reward/timeouts", call.failures[Failure.TIME])
             self._metrics.add_sum("reward/broken", call.failures[Failure.BROKEN])
-            return [self._given_up if s is None else self._within(s) for s in call.scores]
+            return [None if score is None else self._within(score) for score in call.scores]
 
     def start(self) -> None:
         """Starts the parent now, so that what keeps it from starting is said now. Raises RuntimeError."""

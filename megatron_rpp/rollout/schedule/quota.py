@@ -39,10 +39,13 @@ class Quota:
 
     def is_met(self, counts: Counts, elapsed_s: float) -> bool:
         """Whether nothing but the awaited groups is worth going on for."""
-        is_late = self.time_s > 0 and elapsed_s >= self.time_s
-        is_spent = 0 < self.tokens <= counts.tokens
         sure = counts.kept + (0 if self.is_judged else counts.awaited)
-        return sure >= self.groups or ((is_late or is_spent) and counts.kept >= self.least_groups)
+        return sure >= self.groups or self.is_spent(counts, elapsed_s)
+
+    def is_spent(self, counts: Counts, elapsed_s: float) -> bool:
+        """Whether a budget ends the step, with the groups that it must have at least."""
+        is_late = self.time_s > 0 and elapsed_s >= self.time_s
+        return (is_late or 0 < self.tokens <= counts.tokens) and counts.kept >= self.least_groups
 
     def allows(self, turn: int, counts: Counts) -> bool:
         """Whether the group that is started as the `turn`-th of the step, from 0, may be started by now."""

@@ -57,12 +57,13 @@ class SamplingTry:
             while True:
                 counts, has_failed = self._tally.look()
                 look(counts)
-                is_met = self._step.quota.is_met(counts, time.monotonic() - self._step.began)
+                elapsed_s = time.monotonic() - self._step.began
+                is_met = self._step.quota.is_met(counts, elapsed_s)
                 if has_failed:
                     return
-                # While the step must wait for some, others that run may end too: put-off ones then need no wait of
-                # their own. Else every step would wait for the tail of an earlier one.
-                if is_met and not counts.awaited:
+                # While a step with enough groups must wait for some, others that run may end too: put-off ones then
+                # need no wait of their own. Else every step would wait for the tail of an earlier one.
+                if is_met and (not counts.awaited or self._step.quota.is_spent(counts, elapsed_s)):
                     self._abort()
                 self._fill(sample, counts, is_met)
                 if not self._open and (is_met or (self._is_empty and self._claim is None)):
@@ -74,9 +75,9 @@ class SamplingTry:
             await asyncio.gather(*self._open, return_exceptions=True)
 
     def _abort(self) -> None:
-        """Cancel what is open, once each."""
-        for task in self._open:
-            if not task.cancelling():
+        """Cancel what is open and not awaited, once each."""
+        for task, index in self._open.items():
+            if index not in self._step.awaited and not task.cancelling():
                 task.cancel()
 
     def _fill(self, sample: SampleIndex, counts: Counts, is_met: bool) -> None:

@@ -22,12 +22,13 @@ class Report:
 
 @dataclass(frozen=True)
 class Settlement:
-    """Indices in the draw; each below `drawn` is in one of the four."""
+    """Indices in the draw; each below `drawn` is in one of the five."""
 
     kept: list[int]  # trained on
     skipped: dict[int, float]  # used up without training -> reward
-    deferred: list[int]  # drawn again by a later step
-    unasked: list[int]  # as deferred, but no server was asked: it does not count as put off
+    deferred: list[int]  # aborted, and drawn again by a later step
+    surplus: list[int]  # complete, but more than are wanted: drawn again, too, and not counted as put off
+    unasked: list[int]  # no server was asked: as surplus
     drawn: int  # so many first ones of the draw
 
 
@@ -42,7 +43,8 @@ def settle(reports: Sequence[Report], groups: int, awaited: Collection[int] = ()
     return Settlement(
         kept,
         skipped,
-        deferred=sorted(started.difference(kept, skipped)),
+        deferred=sorted(started.difference(complete, skipped)),
+        surplus=sorted({*complete}.difference(kept)),
         unasked=[index for index in range(drawn) if index not in started],
         drawn=drawn,
     )

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_rpp.config.deadlines import longest_wait_s, phase_deadline_s, watchdog_of
 from megatron_rpp.config.fields import build
+from megatron_rpp.config.reward import START_LIMIT_S
 
 LIMITS = {
     "rollout.request_deadline_s": 10.0,
@@ -17,12 +18,23 @@ LIMITS = {
     "reward.batch_time_limit_s": 100.0,
     "reward.request_deadline_s": 7.0,
 }
-VERIFYING_S = 3 * 100.0 + 2 * 7.0
+VERIFYING_S = START_LIMIT_S + 100.0
 
 
 def test_a_rank_waits_for_verifiers_as_long_as_they_may_take() -> None:
     assert longest_wait_s(build(LIMITS)) == VERIFYING_S
     assert longest_wait_s(build(LIMITS | {"rollout.request_deadline_s": 4000.0})) == 4000.0
+
+
+def test_every_kind_of_reward_that_meets_in_a_call_has_its_time() -> None:
+    function = LIMITS | {"reward.kind": "function"}
+    assert longest_wait_s(build(function)) == START_LIMIT_S + 200.0, "together, then one at a time"
+    pattern = {"reward.format": "pattern", "data.evals.a.path": "a"}
+    mixed = {f"data.sources.{kind}.reward": kind for kind in ("math_answer", "reasoning_gym", "function", "remote")}
+    longest_s = 4 * START_LIMIT_S + (1 + 1 + 1 + 2) * 100.0 + 7.0
+    assert longest_wait_s(build(LIMITS | pattern | mixed)) == longest_s
+    held_out = {f"data.evals.{kind}.reward": kind for kind in ("reasoning_gym", "function", "model")}
+    assert longest_wait_s(build(LIMITS | held_out)) == 2 * START_LIMIT_S + 300.0 + 7.0
 
 
 def test_groups_that_are_judged_on_the_way_lengthen_the_wait_for_a_leader() -> None:

@@ -97,12 +97,15 @@ def test_a_bad_override_says_what_to_change(override: str, message: str) -> None
 @pytest.mark.parametrize(
     ("text", "meant"),
     [
-        ('[data.eval]\npath = "a.jsonl"', "data.eval.path in {}; a held-out set has a name: data.evals.NAME.path"),
+        (
+            '[data.eval]\npath = "a.jsonl"',
+            "data.eval.path in {}; a held-out set has a name: data.evals.NAME.path; or leave it out",
+        ),
         (
             '[data]\neval = { kind = "parquet" }',
-            "data.eval.kind in {}; a held-out set has a name: data.evals.NAME.kind",
+            "data.eval.kind in {}; a held-out set has a name: data.evals.NAME.kind; or leave it out",
         ),
-        ("[data.eval]", "data.eval in {}; a held-out set has a name: data.evals.NAME"),
+        ("[data.eval]", "data.eval in {}; a held-out set has a name: data.evals.NAME; or leave it out"),
         ("[data.evals.x]\npaht = 1", "data.evals.x.paht in {}; did you mean data.evals.x.path?"),
     ],
 )

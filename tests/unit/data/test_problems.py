@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict
 from megatron_rpp.config.data import DataConfig, SourceConfig
 from megatron_rpp.config.ranges import CHOICES
 from megatron_rpp.data.preflight import check_problems
-from megatron_rpp.data.problems import _COUNTS, _READERS, Problem, read_problems
+from megatron_rpp.data.problems import _READERS, Problem, read_problems
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": f"{i}+{i}", "answer": str(2 * i), "pass_rate": i / 4, "solver": {"right": i, "of": 4}} for i in range(5)
@@ -239,4 +239,4 @@ def test_before_training_a_generated_source_is_tried(changes: dict[str, Any], me
 
 
 def test_every_kind_of_source_has_a_reader() -> None:
-    assert set(_READERS) == set(_COUNTS) == set(CHOICES["data.train.kind"]) == set(CHOICES["data.evals.NAME.kind"])
+    assert set(_READERS) == set(CHOICES["data.train.kind"]) == set(CHOICES["data.evals.NAME.kind"])

@@ -38,23 +38,23 @@ def source(tmp_path: Path, request: pytest.FixtureRequest) -> SourceConfig:
     return SourceConfig(kind="parquet", path=str(tmp_path))
 
 
-def counted(source: SourceConfig, **changes: Any) -> tuple[int, int, int]:
-    """(used, left out, left unread)"""
+def counted(source: SourceConfig, **changes: Any) -> tuple[int, int, bool]:
+    """(used, left out, whether more are left unread)"""
     found = Tally()
     used = list(read_problems(replace(source, **changes), DataConfig(), tally=found))
     assert len(used) == found.used
-    return found.used, found.filtered, found.unread
+    return found.used, found.filtered, found.has_more
 
 
 def test_a_source_tells_what_was_used_left_out_and_left_unread(source: SourceConfig) -> None:
-    assert counted(source) == counted(source, size=5) == (5, 0, 0)
-    assert counted(source, size=2) == (2, 0, 3)
-    assert counted(source, min_pass_rate=0.5) == (3, 2, 0)
-    assert counted(source, min_pass_rate=0.5, size=2) == (2, 2, 1)
+    assert counted(source) == counted(source, size=5) == (5, 0, False)
+    assert counted(source, size=2) == (2, 0, True)
+    assert counted(source, min_pass_rate=0.5) == (3, 2, False)
+    assert counted(source, min_pass_rate=0.5, size=2) == (2, 2, True)
 
 
 def test_a_generated_source_has_nothing_left_unread() -> None:
-    assert counted(GYM) == (3, 0, 0)
+    assert counted(GYM) == (3, 0, False)
 
 
 def test_a_file_of_more_than_25_000_problems_is_used_whole_by_default_and_the_log_says_so(
@@ -69,6 +69,6 @@ def test_a_file_of_more_than_25_000_problems_is_used_whole_by_default_and_the_lo
         load_prompts(few, DataConfig(), Characters(), max_prompt_tokens=9, name="few")
     assert len(prompts) == 25_001 and prompts[-1].text == "25000"
     assert caplog.messages == [
-        f"{path}: 25001 problems used, 0 left out by their pass rate, 0 left unread",
-        f"few ({path}): 7 problems used, 0 left out by their pass rate, 24994 left unread",
+        f"{path}: 25001 problems used, 0 left out by their pass rate",
+        f"few ({path}): 7 problems used, 0 left out by their pass rate; more are left unread",
     ]

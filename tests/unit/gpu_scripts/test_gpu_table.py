@@ -16,11 +16,19 @@ REPOSITORY = Path(__file__).parents[3]
 FILES = {
     "test_a_broken.py": "import no_such_package_of_a_host\n",
     "test_b_crash.py": (
-        "import os, time\n"
+        "import os, resource, time\n"
+        "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
         "def test_before(): pass\n"
         "def test_crash(): os.abort()\n"
         "def test_before_and_more(): assert False, 'as it should'\n"
         "def test_hang(): time.sleep(600)\n"
+    ),
+    "test_b_ends_between.py": "def test_last_word(): pass\ndef test_next(): pass\n",
+    "conftest.py": (
+        "import os, pytest\n"
+        "@pytest.hookimpl(trylast=True)\n"
+        "def pytest_runtest_logfinish(nodeid):\n"
+        "    if nodeid.endswith('::test_last_word'): os._exit(3)\n"
     ),
     "test_c_lost.py": (
         "import sys, types\n"
@@ -37,6 +45,8 @@ ENDS = {
     "test_b_crash.py::test_crash": "crashed",
     "test_b_crash.py::test_before_and_more": "failed",
     "test_b_crash.py::test_hang": "crashed",
+    "test_b_ends_between.py::test_last_word": "passed",
+    "test_b_ends_between.py::test_next": "passed",
     "test_c_lost.py::test_loses_the_gpu": "failed",
     "test_c_lost.py::test_behind": "passed",
 }
@@ -51,7 +61,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Complete
         f"import sys, pathlib; from tests.gpu.__main__ import main; sys.exit(main(None, pathlib.Path('{folder}')))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, "--out", str(out), "--limit", "3"],
+        [sys.executable, "-c", program, "--out", str(out), "--limit", "8"],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     return done, [event for event in table.read(out) if event["event"] == "end"]
@@ -67,9 +77,9 @@ def test_a_line_says_why(ended: tuple[subprocess.CompletedProcess[str], list[dic
     done, ends = ended
     reasons = {event["name"].rpartition("::")[2].rpartition("/")[2]: event["reason"] for event in ends}
     assert "No module named 'no_such_package_of_a_host'" in reasons["test_a_broken.py"]
-    assert reasons["test_crash"] == "signal 6" and reasons["test_hang"] == "over 3 s"
+    assert reasons["test_crash"] == "signal 6" and reasons["test_hang"] == "over 8 s"
     assert "as it should" in done.stdout and done.returncode == 1
-    assert done.stdout.rstrip().endswith("1 not collected, 2 passed, 2 crashed, 2 failed")
+    assert done.stdout.rstrip().endswith("1 not collected, 4 passed, 2 crashed, 2 failed")
 
 
 def test_without_a_gpu_every_test_is_skipped_with_the_reason() -> None:
@@ -96,6 +106,26 @@ def test_a_name_that_fits_no_test_is_no_success(tmp_path: Path, capfd: pytest.Ca
     (tmp_path / "test_one.py").write_text("def test_one(): pass\n")
     assert gpu_tests.main(["-k", "two"], folder=tmp_path) == 1
     assert capfd.readouterr().out.rstrip().endswith("no test")
+
+
+def test_a_file_that_never_ends_its_import_is_cut_off(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_tests, "COLLECTION_S", 2.0)
+    (tmp_path / "test_one.py").write_text("import time\ntime.sleep(600)\n")
+    assert gpu_tests.main(["--limit", "1"], folder=tmp_path) == 1
+    assert "pytest itself has ended before any test: too long" in capfd.readouterr().out
+
+
+def test_a_test_that_ends_as_its_process_is_killed_is_not_blamed_nor_is_the_next(tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    table.write(journal, event="start", name="a")
+    seen = gpu_tests._last(journal)
+    assert gpu_tests._to_blame(journal, seen) == "a"
+    table.write(journal, event="end", name="a")
+    assert gpu_tests._to_blame(journal, seen) is None
+    table.write(journal, event="start", name="b")
+    assert gpu_tests._to_blame(journal, seen) is None
 
 
 def test_a_line_that_was_cut_off_is_not_read(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from megatron_rpp.model import fp8, layer_spec
 from megatron_rpp.model.fp8 import check_can_compute, fp8_settings, shares_scales, token_multiple_of
 from megatron_rpp.model.fusions import fusion_settings
 from megatron_rpp.model.hf_config import MLA, Rope
-from megatron_rpp.model.layer_spec import resolve_layer_spec
+from megatron_rpp.model.layer_spec import agreed_layer_spec, resolve_layer_spec
 from megatron_rpp.model.transformer_config import _exchange_settings, transformer_config
 from tests.unit.model.test_fp8_shapes import QWEN
 
@@ -125,6 +125,36 @@ def test_a_broken_engine_is_told_once_where_auto_passes_it_over(host: Host, capl
         assert [resolve_layer_spec("auto") for _ in range(3)] == ["local"] * 3
     (record,) = caplog.records
     assert "libcudart.so.12" in record.getMessage()
+
+
+def test_ranks_that_would_build_other_layers_are_named_with_their_reason(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others: list[tuple[str, str]] = [("te", "")] * 3
+    monkeypatch.setattr(layer_spec, "gather_objects", lambda own: [*others, own])
+    host(te=BROKEN)
+    with pytest.raises(ValueError, match=r"rank 3 of 4 cannot run .*: they need transformer-engine.*libcudart.so.12"):
+        agreed_layer_spec("auto")
+    host(cuda=False)
+    with pytest.raises(ValueError, match=r"rank 3 of 4 cannot run .*: they need a GPU, .*; mend their hosts, or set"):
+        agreed_layer_spec("auto")
+    host()
+    assert agreed_layer_spec("auto") == "te"
+    others[:] = [("local", "x"), ("local", "y")]
+    with pytest.raises(ValueError, match=r"ranks 0, 1 of 3 cannot run .*: they need x / y; "):
+        agreed_layer_spec("auto")
+    others[:] = [("local", "")] * 2
+    assert agreed_layer_spec("local") == "local"
+
+
+def test_a_gpu_that_is_full_is_not_taken_for_a_broken_engine(host: Host) -> None:
+    class Full(torch.nn.RMSNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    host(kernels=Full)
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        resolve_layer_spec("auto")
 
 
 def test_fp8_without_the_engine_is_an_error_and_not_bfloat16(host: Host) -> None:

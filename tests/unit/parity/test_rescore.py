@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
 from megatron_rpp.parity.rescore import MAX_RESPONSE, ScoreItem, assign, logprobs_of, rescore, share_of, shortened
 from megatron_rpp.rollout.protocol import RolloutError
+from megatron_rpp.weight_sync.transport import Deadline
 
 A, B, C = "http://a:1", "http://b:1", "http://c:1"
 ITEM = ScoreItem(row=0, ids=(5, 6, 7, 8), start=2)
@@ -79,7 +81,7 @@ def test_a_server_that_fails_does_not_hide_what_the_others_say() -> None:
         assert payload["input_ids"] == [5, 6, 7, 8] and payload["logprob_start_len"] == 1
         return reply([None, 6, None], [-0.5, 7, None], [-1.5, 8, None])
 
-    scored, failed = rescore(post, {A: [ITEM], B: [ITEM]}, 1.0)
+    scored, failed = rescore(post, {A: [ITEM], B: [ITEM]}, Deadline("parity", 9.0))
     assert scored == {B: [(ITEM, [-0.5, -1.5])]}
     assert len(failed) == 1 and A in failed[0]
 
@@ -87,6 +89,20 @@ def test_a_server_that_fails_does_not_hide_what_the_others_say() -> None:
 @pytest.mark.parametrize("odd", [{"meta_info": [1]}, {"meta_info": {"input_token_logprobs": [7, 8]}}])
 def test_json_of_another_shape_is_that_servers_failure_alone(odd: dict[str, Any]) -> None:
     good = reply([None, 6, None], [-0.5, 7, None], [-1.5, 8, None])
-    scored, failed = rescore(lambda url, *_: odd if url == A else good, {A: [ITEM], B: [ITEM]}, 1.0)
+    scored, failed = rescore(lambda url, *_: odd if url == A else good, {A: [ITEM], B: [ITEM]}, Deadline("parity", 9.0))
     assert list(scored) == [B]
     assert len(failed) == 1 and A in failed[0]
+
+
+def test_all_responses_of_a_server_share_one_deadline() -> None:
+    """Otherwise the ranks that wait would have to wait as often as there are responses."""
+    timeouts: list[float] = []
+
+    def post(url: str, endpoint: str, payload: dict[str, object], timeout_s: float) -> dict[str, object]:
+        timeouts.append(timeout_s)
+        time.sleep(0.15)
+        return reply([None, 6, None], [-0.5, 7, None], [-1.5, 8, None])
+
+    scored, failed = rescore(post, {A: [ITEM] * 9}, Deadline("parity", 0.4))
+    assert 2 <= len(timeouts) <= 3 and timeouts == sorted(timeouts, reverse=True) and timeouts[0] <= 0.4
+    assert scored == {} and failed == [f"not scored again: {A}/generate: {len(timeouts)} of 9 responses in 0.4 s"]

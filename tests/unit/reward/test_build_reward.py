@@ -46,4 +46,4 @@ def test_every_kind_that_may_be_set_has_a_maker() -> None:
 
 def test_a_function_that_is_not_there_is_named() -> None:
     with pytest.raises(ValueError, match=r"no_such\.py cannot be imported"):
-        build_reward(RewardConfig(kind="function", function="no_such.py:f"), {"": SourceConfig()})
+        build_reward(RewardConfig(kind="function", function="no_such.py:f"), {"": SourceConfig()}).start()

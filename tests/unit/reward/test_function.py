@@ -145,4 +145,4 @@ def test_a_function_that_is_not_there_is_said_before_the_run(file: Path, path: s
     broken = file.with_name("broken.py")
     broken.write_text("def f(:")
     with pytest.raises(ConfigError, match=message):
-        reward(path.format(file=file, broken=broken))
+        reward(path.format(file=file, broken=broken)).start()

@@ -119,8 +119,8 @@ class Job:
             raise reward_errors[0]
         settlement = settle([report for report, _, _ in found], wanted.groups, step.awaited)
         positions = [draw.position for draw in draws[: settlement.drawn]]
-        deferred, unasked = ({positions[i] for i in each} for each in (settlement.deferred, settlement.unasked))
-        source.settle(positions, deferred, unasked)
+        again = (*settlement.surplus, *settlement.unasked)
+        source.settle(positions, {positions[i] for i in settlement.deferred}, {positions[i] for i in again})
         return draws, settlement
 
     def _run(self, scheduler: Scheduler, client: SGLangClient) -> Any:

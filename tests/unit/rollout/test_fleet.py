@@ -23,6 +23,7 @@ from megatron_rpp.config.schema import Config, RunConfig
 from megatron_rpp.rollout import backoff
 from megatron_rpp.rollout.backoff import Backoff
 from megatron_rpp.rollout.fleet import Server, ServerFleet
+from megatron_rpp.rollout.probe import ServerInfo
 from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.rollout.urls_file import parse_urls
 from tests.support.processes import child_at
@@ -73,7 +74,7 @@ def test_attached_servers_say_their_size_and_keep_the_version_they_were_brought_
     fleet = build(urls=(first.url + "/", second.url))
     fleet.wait_ready()
     fleet.mark([second.url], 4)
-    assert fleet.refresh() == (Server(first.url, 2, "cpu", -1), Server(second.url, 1, "cpu", 4))
+    assert fleet.refresh() == (Server(first.url, ServerInfo(2, "cpu"), -1), Server(second.url, ServerInfo(1, "cpu"), 4))
 
 
 def test_a_silent_suspect_is_left_out_within_its_deadline_and_comes_back_without_a_version(
@@ -294,6 +295,12 @@ def test_waits_double_up_to_a_minute_and_begin_anew_after_a_good_step(monkeypatc
     assert waits.is_due
     waits.reset()
     assert waits.failed() == 8.0
+
+
+def test_what_costs_the_run_time_waits_twenty_times_as_long_in_the_end() -> None:
+    waits = Backoff(8.0)
+    assert [waits.failed(lost_s=10.0) for _ in range(6)] == [8.0, 16.0, 32.0, 64.0, 128.0, 200.0]
+    assert [waits.failed(lost_s=10.0), waits.failed(), waits.failed()] == [200.0, 200.0, 60.0]
 
 
 def test_only_a_server_that_survives_a_step_gets_its_first_backoff_back(

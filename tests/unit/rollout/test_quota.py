@@ -67,7 +67,8 @@ def test_of_groups_complete_at_one_moment_the_first_in_the_draw_are_kept() -> No
     ]
     settlement = settle(reports, 3)
     assert settlement.kept == [0, 2, 3] and settlement.skipped == {1: 0.0}
-    assert settlement.deferred == [4, 6] and settlement.drawn == 7
+    assert settlement.deferred == [6] and settlement.drawn == 7
+    assert settlement.surplus == [4], "complete, and none that a step must wait for soon"
     assert settlement.unasked == [5], "taken from the queue when the step was over, and never begun"
     assert settle(reports, 3, awaited={4}).kept == [0, 2, 4], "what is awaited is not put off again"
     assert settle([Report()], 3).drawn == 0

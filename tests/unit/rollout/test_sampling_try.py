@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import random
 import threading
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from megatron_rpp.data.prompt_source import Draw
 from megatron_rpp.experience.types import Prompt
 from megatron_rpp.rollout.protocol import SamplingParams
 from megatron_rpp.rollout.schedule.judge import Judge, RewardFailed
-from megatron_rpp.rollout.schedule.quota import Counts, Quota
+from megatron_rpp.rollout.schedule.quota import Quota
 from megatron_rpp.rollout.schedule.sampling_try import Group, SamplingTry
 from megatron_rpp.rollout.schedule.scheduler import Stopwatch, _start
 from megatron_rpp.rollout.schedule.settlement import Report, settle
@@ -81,10 +83,53 @@ def test_no_step_is_short_of_groups_while_prompts_are_left_and_none_that_is_awai
 
 
 def one_leader(groups: int, is_judged: bool = True) -> tuple[SamplingTry, Step]:
-    draws = [Draw(i, Prompt(i, "", (i,), ""), 0) for i in range(groups)]
-    step = Step("0", draws, Quota(groups, groups, groups, 2, 1, 0.0, 0, is_judged), SAMPLING)
-    tally = Tally(dist.HashStore(), "0/0", Counts())
-    return SamplingTry(step, tally, range(groups), most_open=groups, poll_s=1.0), step
+    return leader_of(Quota(groups, groups, groups, 2, 1, 0.0, 0, is_judged))
+
+
+def leader_of(quota: Quota, late: Collection[int] = (), poll_s: float = 1.0) -> tuple[SamplingTry, Step]:
+    """Alone; of its draw those `late` were put off too often already."""
+    draws = [Draw(i, Prompt(i, "", (i,), ""), 2 * (i in late)) for i in range(quota.draws)]
+    step = Step("0", draws, quota, SAMPLING)
+    tally = Tally(dist.HashStore(), "0/0", _start({}, step.awaited))
+    queue = sorted(range(quota.draws), key=lambda i: (i not in step.awaited, i))
+    return SamplingTry(step, tally, queue, most_open=quota.draws, poll_s=poll_s), step
+
+
+@pytest.mark.parametrize(
+    ("groups", "budget", "complete"),
+    [
+        (5, {"tokens": 20}, [0, 1, 2]),
+        (5, {"time_s": 0.05}, [0, 1, 2]),
+        (3, {"tokens": 20}, [0, 1, 2]),
+        (3, {}, [0, 1, 2, 3, 4, 5]),
+    ],
+    ids=["tokens", "time", "tokens with enough groups", "groups"],
+)
+def test_only_a_step_that_has_enough_groups_lets_others_run_while_it_waits(
+    groups: int, budget: dict[str, Any], complete: list[int]
+) -> None:
+    """A budget that is spent is spent: nothing but what must be awaited may go on."""
+    settings = {"at_once": 6, "draws": 6, "max_deferrals": 2, "least_groups": 2, "time_s": 0.0, "tokens": 0}
+    part, _ = leader_of(Quota(groups, **settings | budget), late=[0], poll_s=0.01)
+
+    async def run() -> None:
+        others_end = asyncio.Event()
+
+        async def sample(index: int) -> Group:
+            if index == 0:  # put off too often, and longer than the others
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(others_end.wait(), 2.0)
+                await asyncio.sleep(0.1)
+            elif index > 2:
+                await asyncio.sleep(0.6)
+                others_end.set()
+            rollout: Any = type("R", (), {"response_ids": (1,) * 5})
+            return Group([rollout] * 2, None, 0.0)
+
+        await part.run(sample, lambda counts: None)
+
+    asyncio.run(run())
+    assert sorted(part.done) == complete and part.aborted == 6 - len(complete)
 
 
 def test_what_is_complete_at_the_moment_of_an_error_is_not_lost_and_the_rewards_error_comes_first() -> None:

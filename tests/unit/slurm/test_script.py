@@ -77,6 +77,7 @@ def test_dry_run_submits_and_writes_nothing_and_shows_the_script(toml: Path, cap
     assert cli.main(["launch", "slurm", str(toml), "--nodes", "4", "--dry-run", "--slurm.account=team"]) == 0
     shown = capsys.readouterr().out
     assert "TP 1 x PP 4 x DP 2 = 8 ranks, 2 on each" in shown and "#SBATCH --account=team" in shown
+    assert "data.train: of the first " in shown and " tokens; limit " in shown, "how long prompts are"
     assert shown.rstrip().endswith(f"job.sbatch {toml} --slurm.account=team")
     assert not (toml.parent / "run").exists()
 

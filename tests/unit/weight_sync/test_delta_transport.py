@@ -13,6 +13,7 @@ import pytest
 
 from megatron_rpp.rollout.fleet import Server
 from megatron_rpp.rollout.in_server.delta_loader import FAILED
+from megatron_rpp.rollout.probe import ServerInfo
 from megatron_rpp.weight_sync.delta_transport import check_loaded
 from megatron_rpp.weight_sync.phases import for_each_server
 from megatron_rpp.weight_sync.transport import Deadline, ServerFailure
@@ -56,7 +57,7 @@ def serving(answer: Answer) -> Iterator[Server]:
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     try:
-        yield Server(f"http://127.0.0.1:{http.server_port}", 2, "cpu", 0)
+        yield Server(f"http://127.0.0.1:{http.server_port}", ServerInfo(2, "cpu"), 0)
     finally:
         http.shutdown()
         http.server_close()

@@ -9,9 +9,10 @@ import pytest
 from megatron_rpp.config.schema import WeightSyncConfig
 from megatron_rpp.experience.types import UNSYNCED
 from megatron_rpp.rollout.fleet import Server
+from megatron_rpp.rollout.probe import ServerInfo
 from megatron_rpp.weight_sync.synced_engine import SyncedRolloutEngine
 
-KNOWN, NEWCOMER = Server("http://a", 1, "cpu", 3), Server("http://b", 1, "cpu", UNSYNCED)
+KNOWN, NEWCOMER = Server("http://a", ServerInfo(1, "cpu"), 3), Server("http://b", ServerInfo(1, "cpu"), UNSYNCED)
 
 
 @pytest.mark.parametrize(

@@ -12,23 +12,36 @@ import torch
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.schema import Config, WeightSyncConfig
 from megatron_rpp.rollout.fleet import Server
+from megatron_rpp.rollout.probe import ServerInfo
 from megatron_rpp.weight_sync import build
-from megatron_rpp.weight_sync.server_checks import check_servers
+from megatron_rpp.weight_sync.server_checks import check_servers, why_unverifiable
 from megatron_rpp.weight_sync.transport import WeightSyncError
 from megatron_rpp.weight_sync.verification import Verification
 
-GOOD = Server("http://good:1", 8, "cpu", 0)
+GOOD = Server("http://good:1", ServerInfo(8, "cpu"), 0)
 HF: Any = SimpleNamespace(num_layers=2)  # of the model nothing else is asked before a refusal
 
 
-def test_experts_that_a_server_divides_are_named_with_what_to_change() -> None:
-    server = replace(GOOD, url="http://experts:1", ep_size=8)
-    with pytest.raises(ConfigError, match=r"http://experts:1 .*ep_size=8.*without --ep-size.*weight_sync\.verify=off"):
+def odd_server(**info: Any) -> Server:
+    return Server("http://odd:1", replace(GOOD.info, **info), 0)
+
+
+@pytest.mark.parametrize("size", ["ep_size", "dp_size", "pp_size"])
+def test_a_layout_that_cannot_be_predicted_is_named_with_what_to_change_before_anything_is_sent(size: str) -> None:
+    server, flag = odd_server(**{size: 8}), f"--{size[:2]}-size"
+    words = rf"http://odd:1:? runs with .*\({size}=8\).*without {flag}.*weight_sync\.verify=off"
+    with pytest.raises(ConfigError, match=words):
         check_servers([GOOD, server], None)
-    with pytest.raises(WeightSyncError, match=r"server http://experts:1: runs with expert parallelism") as refused:
-        Verification(HF, [GOOD, server], 0, WeightSyncConfig())
+    with pytest.raises(WeightSyncError, match=words) as refused:
+        Verification(HF, [GOOD, server], 0, None, WeightSyncConfig())
     assert refused.value.servers == {server.url}, "of a newcomer, too, and the others go on"
-    Verification(HF, [GOOD, server], 0, WeightSyncConfig(verify="off"))
+    Verification(HF, [GOOD, server], 0, None, WeightSyncConfig(verify="off"))
+
+
+def test_a_verification_of_nobody_is_no_proof() -> None:
+    for verify in ("full", "off"):
+        with pytest.raises(AssertionError, match="nobody to verify"):
+            Verification(HF, [], 0, None, WeightSyncConfig(verify=verify))
 
 
 @pytest.mark.parametrize(
@@ -43,12 +56,25 @@ def test_experts_that_a_server_divides_are_named_with_what_to_change() -> None:
     ],
 )
 def test_a_server_that_quantizes_what_it_is_sent_is_refused(quantization: str, dtype: Any, is_refused: bool) -> None:
-    server = replace(GOOD, quantization=quantization)
+    server, words = odd_server(quantization=quantization), rf"\({quantization}\).*weight_sync\.dtype=float8"
     if is_refused:
-        with pytest.raises(ConfigError, match=rf"\({quantization}\).*weight_sync\.dtype=float8"):
+        with pytest.raises(ConfigError, match=words):
             check_servers([server], dtype)
+        with pytest.raises(WeightSyncError, match=words):
+            Verification(HF, [GOOD, server], 0, dtype, WeightSyncConfig())
     else:
         check_servers([server], dtype)
+        assert why_unverifiable(server, dtype) is None
+
+
+def test_a_server_whose_quantized_tensors_are_left_out_of_the_comparison_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    server, unverified = odd_server(quantization="fp8"), ("_proj.",)
+    check_servers([GOOD, server], torch.bfloat16, unverified)
+    (warning,) = caplog.messages
+    assert "http://odd:1 quantizes its weights (fp8)" in warning and "weight_sync.unverified" in warning
+    assert why_unverifiable(server, torch.bfloat16, unverified) is None, "as a newcomer"
 
 
 @pytest.mark.parametrize(("verify", "warnings"), [("off", 1), ("sample", 0)])

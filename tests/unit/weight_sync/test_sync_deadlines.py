@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_rpp.model.stage_export import StageExport
 from megatron_rpp.rollout.fleet import Server
+from megatron_rpp.rollout.probe import ServerInfo
 from megatron_rpp.weight_sync import disk, in_flight
 from megatron_rpp.weight_sync.disk import DiskTransport
 from megatron_rpp.weight_sync.in_flight import InFlight
@@ -120,7 +121,7 @@ def test_a_disk_that_is_too_slow_is_named_and_no_server_blamed(
     export = StageExport(model, watch=lambda name, _: seen.append(name))
     transport = DiskTransport(folder=tmp_path / "weights", seen_as="weights", source="")
     deadline = phases.deadline("send")
-    shipment = Shipment(export, (Server("http://a", 1, "cpu", 0),), 1, deadline, lambda value: [value])
+    shipment = Shipment(export, (Server("http://a", ServerInfo(1, "cpu"), 0),), 1, deadline, lambda value: [value])
     with pytest.raises(WeightSyncError, match=r"writing .*weights took longer than weight_sync.deadline_s=0.5 s") as e:
         phases.run(deadline, lambda _: transport.send(shipment))
     assert e.value.servers == set()

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_rpp.rollout import control
 from megatron_rpp.rollout.fleet import Server
+from megatron_rpp.rollout.probe import ServerInfo
 from megatron_rpp.weight_sync.transport import Deadline, ServerFailure
 from megatron_rpp.weight_sync.verification import _check
 
@@ -23,7 +24,7 @@ def test_every_server_is_compared_with_the_digests_of_its_own_device(
     reported: list[dict[str, Any]] = [{"checksums": {"a.weight": digest}, "parallelism_info": [PLACE]}]
     monkeypatch.setattr(control, "checksums", lambda *_: reported)
     expected = {"cpu": {1: [{"a.weight": "c"}]}, "cuda": {1: [{"a.weight": "g"}]}}
-    server, deadline = Server("http://a", 1, device, 0), Deadline("verify", 10.0)
+    server, deadline = Server("http://a", ServerInfo(1, device), 0), Deadline("verify", 10.0)
     if is_right:
         _check(expected, (), server, deadline)
         return
