@@ -15,8 +15,13 @@ from megatron_rpp.config.rollout import RolloutConfig
 from megatron_rpp.rollout.sglang_server import SGLangServer
 from tests.support.servers import running
 
+LAST = "test_stop_leaves_no_process"  # it ends the session's server
 PAD, EOS = 0, 1
 ALPHABET = ["<pad>", "<eos>", *string.digits, *"+-*="]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.name == LAST)
 
 
 @pytest.fixture(scope="session")

@@ -205,7 +205,7 @@ def test_no_server_process_outlives_a_killed_trainer(tiny_model_dir: Path, tmp_p
 
 
 def test_stop_leaves_no_process(sglang_server: SGLangServer) -> None:
-    """Last, as it ends the session's server."""
+    """Of a server that has worked: conftest.py has this test run last."""
     group = sglang_server.pid
     assert group is not None and len(_members(group)) >= 4
     sglang_server.stop()
