@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -136,8 +137,12 @@ def adversarial(count: int, seed: int) -> Iterator[Rollout]:
 
 
 def run(answers: int, seed: int, batch: int, config: RewardConfig) -> dict[str, float]:
-    """What they cost; false_right counts those that were paid for, crashes the calls that raised."""
+    """What they cost; false_right counts those that were paid for, crashes the calls that raised.
+
+    Processor time is of this process, outside of the workers, and of the workers with their parent.
+    """
     reward = MathAnswerReward(config)
+    outside_s, workers_s = time.process_time(), _ended_children_s()
     slowest = seconds = false_right = crashes = done = 0.0
     responses = adversarial(answers, seed)
     while rollouts := list(islice(responses, batch)):
@@ -157,17 +162,25 @@ def run(answers: int, seed: int, batch: int, config: RewardConfig) -> dict[str, 
                 false_right += 1
                 print(f"paid for {rollout.text[:200]!r} where {rollout.prompt.answer} is right", flush=True)
     failures = reward.metrics().sums
-    reward.close()
+    outside_s = time.process_time() - outside_s
+    reward.close()  # only then is what they took known
     return {
         "answers": answers,
         "seconds": seconds,
         "answers_per_second": answers / seconds,
         "slowest_call_s": slowest,
+        "processor_s": outside_s,
+        "workers_processor_s": _ended_children_s() - workers_s,
         "timeouts": failures["reward/timeouts"],
         "broken": failures["reward/broken"],
         "false_right": false_right,
         "crashes": crashes,
     }
+
+
+def _ended_children_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:

@@ -255,3 +255,17 @@ def test_a_forked_worker_that_is_terminated_does_not_end_its_rank() -> None:
         "time.sleep(0.6); sys.exit(5)"
     )
     assert subprocess.run(rank_program(body), env={**os.environ, "RANK": "0"}, timeout=20).returncode == 5
+
+
+def test_what_the_launching_process_has_set_for_itself_does_not_reach_the_ranks_as_the_users(tmp_path: Path) -> None:
+    """`rpp train` has imported device/, to look at the model, before it starts the ranks."""
+    names = ("TORCHINDUCTOR_COMPILE_THREADS", "OF_THE_USER")
+    body = f"open({str(tmp_path / 'found')!r}, 'w').write(repr([os.environ.get(name) for name in {names!r}]))"
+    code = (
+        "import os, sys, megatron_rpp.device; from megatron_rpp.parallel.local_launch import launch_local; "
+        f"assert os.environ[{names[0]!r}]; sys.exit(launch_local({rank_program(body)!r}, 1, {str(tmp_path)!r}))"
+    )
+    env = {name: value for name, value in os.environ.items() if name not in names} | {"OF_THE_USER": "4"}
+    for given, found in ((env, [None, "4"]), (env | {names[0]: "7"}, ["7", "4"])):
+        subprocess.run([sys.executable, "-c", code], env=env | given, check=True, timeout=120)
+        assert (tmp_path / "found").read_text() == repr(found)

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rpp.config.data import SourceConfig
 from megatron_rpp.config.errors import ConfigError
 from megatron_rpp.config.reward import RewardConfig
 from megatron_rpp.experience.types import Prompt, Rollout, VersionSpan
+from megatron_rpp.reward.build import build_reward
 from megatron_rpp.reward.function import FunctionReward
 from megatron_rpp.reward.protocol import RewardError
+from megatron_rpp.reward.verdicts import verdict_only
+from megatron_rpp.reward.workers import fork_server
 
 FUNCTIONS = """
 import ctypes, itertools, sys, time
@@ -117,6 +121,43 @@ def test_a_result_that_is_no_list_of_rewards_and_an_error_name_the_function(
 ) -> None:
     with pytest.raises(RewardError, match=f"(?s){message}"):
         deed(rollouts(name, "b"))
+
+
+def test_a_function_that_fails_on_every_response_ends_the_run_and_one_response_does_not(deed: FunctionReward) -> None:
+    message = (
+        r"deed gave none of 2 responses a reward, .*: raise reward.batch_time_limit_s=3 .*, reward.time_limit_s=0.5 "
+        r".* or reward.memory_limit_mb=256, or mend"
+    )
+    with pytest.raises(RewardError, match=message):
+        deed(rollouts("segfault", "segfault"))
+    assert deed(rollouts("segfault")) == [-3.0]
+
+
+def test_held_out_responses_are_scored_in_the_same_processes_by_their_own_rule() -> None:
+    """Each parent has imported torch: one a replica is enough."""
+    config = RewardConfig(kind="function", function="absent.py:f", wrong=-3.0)
+    training = build_reward(config, {"": SourceConfig()})
+    sources = {"set": SourceConfig(), "sum": SourceConfig(reward="math_answer")}
+    held_out = build_reward(verdict_only(config), sources, beside=training)
+    assert training.function is not None and held_out.function is not None
+    assert training.function._pool._server is held_out.function._pool._server
+    assert (training.function._config.wrong, held_out.function._config.wrong) == (-3.0, 0.0)
+    assert not training.function._pool.is_running, "nothing runs on a rank that scores nothing"
+    with pytest.raises(ConfigError, match="absent.py cannot be imported"):
+        held_out.start()
+
+
+def test_a_file_that_takes_too_long_to_import_is_told_as_that_and_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "slow.py"
+    path.write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setattr(fork_server, "START_LIMIT_S", 1.0)
+    starts, spawn = [], fork_server._spawn
+    monkeypatch.setattr(fork_server, "_spawn", lambda fd: starts.append(fd) or spawn(fd))
+    with pytest.raises(ConfigError, match=r"slow.py:f: importing took over 1 s; load less at import"):
+        reward(f"{path}:f").start()
+    assert len(starts) == 1
 
 
 def test_an_error_of_one_response_by_itself_is_not_the_reward_0(deed: FunctionReward) -> None:
