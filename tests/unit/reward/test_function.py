@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,7 +144,7 @@ def test_held_out_responses_are_scored_in_the_same_processes_by_their_own_rule()
     assert training.function._pool._server is held_out.function._pool._server
     assert (training.function._config.wrong, held_out.function._config.wrong) == (-3.0, 0.0)
     assert not training.function._pool.is_running, "nothing runs on a rank that scores nothing"
-    with pytest.raises(ConfigError, match="absent.py cannot be imported"):
+    with pytest.raises(ConfigError, match=r"absent\.py cannot be imported"):
         held_out.start()
 
 
@@ -153,8 +154,13 @@ def test_a_file_that_takes_too_long_to_import_is_told_as_that_and_not_tried_agai
     path = tmp_path / "slow.py"
     path.write_text("import time\ntime.sleep(600)\n")
     monkeypatch.setattr(fork_server, "START_LIMIT_S", 1.0)
-    starts, spawn = [], fork_server._spawn
-    monkeypatch.setattr(fork_server, "_spawn", lambda fd: starts.append(fd) or spawn(fd))
+    starts, spawn = list[int](), fork_server._spawn
+
+    def counted(control_fd: int) -> subprocess.Popen[bytes]:
+        starts.append(control_fd)
+        return spawn(control_fd)
+
+    monkeypatch.setattr(fork_server, "_spawn", counted)
     with pytest.raises(ConfigError, match=r"slow.py:f: importing took over 1 s; load less at import"):
         reward(f"{path}:f").start()
     assert len(starts) == 1
