@@ -41,6 +41,8 @@ class DigitReward:
     def metrics(self) -> Metrics:
         return Metrics()
 
+    def start(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -125,7 +127,7 @@ def finish(config: Config) -> None:
 def main() -> None:
     command, file, *rest = sys.argv[1:]
     torch.set_num_threads(1)
-    session_parts.build_reward = lambda *_: DigitReward()  # type: ignore[assignment]
+    session_parts.build_reward = lambda *_, **others: DigitReward()  # type: ignore[assignment,return-value]
     if command == "killed_in_rollout":
         return killed_in_rollout(load_config([file], []), int(rest[0]))
     if command == "interrupted":

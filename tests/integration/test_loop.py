@@ -137,7 +137,7 @@ def test_resumed_run_goes_on_where_it_stopped(run: dict[str, Any]) -> None:
 
 
 def test_packed_sequences_train_on_context_parallel_ranks_of_two_replicas(tiny_model_dir: Path, tmp_path: Path) -> None:
-    write_problems(tmp_path / "problems.jsonl", 40)
+    write_problems(tmp_path / "problems.jsonl", 60)  # one epoch, so that no prompt comes twice
     write_config(tmp_path / "run.toml", tiny_model_dir, tmp_path / "run", tmp_path / "problems.jsonl")
     layout = ["--parallel.pipeline=1", "--parallel.context=2", "--parallel.data=2", "--train.micro_batch_tokens=96"]
     # A random model earns nothing; the entropy bonus moves it.
