@@ -154,7 +154,8 @@ def test_packed_sequences_train_on_context_parallel_ranks_of_two_replicas(tiny_m
         assert 0 <= step["train/dp_imbalance"] < 0.05 and step["train/padding_waste"] < 0.3
         groups = Counter(r["prompt_id"] for replica in (0, 1) for r in read_rollouts(tmp_path / "run", number, replica))
         assert len(groups) == 20 and set(groups.values()) == {8}
-        assert step["rollout/groups"] == 20 <= step["rollout/drawn"] == 20 + step["rollout/deferred"]
+        assert step["rollout/groups"] == 20
+        assert 20 + step["rollout/deferred"] <= step["rollout/drawn"] <= 24, "what is put off was drawn"
     assert len(steps) == 2 and abs(steps[1]["kl/mean"]) > 1e-4, "the policy has not moved"
     traces = sorted((tmp_path / "run" / "profile").iterdir())
     assert [path.name for path in traces] == ["step-1-rank-0.json.gz", "step-1-rank-3.json.gz"]
