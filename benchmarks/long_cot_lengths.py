@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 RECORD = Path(__file__).parent / "data" / "long_cot_lengths.json"
+PROMPTS, SAMPLES = 16, 4  # of a step, in the rollout half
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
     "over_sampling_1.25": {"schedule.over_sampling": 1.25},

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from benchmarks.long_cot_lengths import MODES, Lengths
+from benchmarks.long_cot_lengths import MODES, PROMPTS, SAMPLES, Lengths
 from benchmarks.long_cot_proxy import LengthProxy
 from megatron_rpp.config.rollout import RolloutConfig
 from megatron_rpp.observability.writers import read_metrics
@@ -26,9 +26,6 @@ from megatron_rpp.rollout.protocol import RolloutError
 from megatron_rpp.rollout.sglang_server import SGLangServer
 
 Result = dict[str, Any]
-# Few requests of a model that is large for them: reading its weights takes most of a decode step, as on a GPU, and
-# not the requests, of which many more would make each step slower in proportion.
-PROMPTS, SAMPLES = 4, 1
 PLAIN = PROMPTS * SAMPLES  # requests of a plain step
 SLOTS = 2 * PLAIN  # requests that the server runs at once: all that the largest over-sampling asks for
 POSITIONS = 1024
@@ -89,11 +86,11 @@ def rollout_part(lengths: Lengths, folder: Path, scale: int, steps: int, modes: 
 
 
 def write_start(model: Path, data: Path) -> None:
-    """A random Llama of 103 million parameters with the demo's tokenizer, and prompts that are all different."""
+    """A small random Llama with the demo's tokenizer, and prompts that are all different."""
     from benchmarks.weight_sync import write_llama
     from examples.make_demo import problem, write_jsonl, write_tokenizer
 
-    write_llama(model, vocab=32, hidden=1024, ffn=2816, layers=8, heads=8, positions=POSITIONS)
+    write_llama(model, vocab=32, hidden=64, ffn=128, layers=2, heads=4, positions=POSITIONS)
     write_tokenizer(model)
     write_jsonl(data, (problem((a, b)) for a in range(10, 42) for b in range(10, 42)))
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from benchmarks.long_cot_lengths import MODES, Lengths
+from benchmarks.long_cot_lengths import MODES, PROMPTS, SAMPLES, Lengths
 from megatron_rpp.config.fields import build
 from megatron_rpp.data.prompt_source import PromptSource
 from megatron_rpp.experience.types import Prompt
@@ -25,7 +25,6 @@ from megatron_rpp.rollout.schedule.settlement import Report, settle
 from megatron_rpp.rollout.schedule.step import Step
 from megatron_rpp.rollout.schedule.tally import Tally
 
-PROMPTS, SAMPLES = 16, 4  # of a step
 _POLL = 10_000.0  # tokens of time; what ends wakes the one leader anyway
 _SAMPLING = SamplingParams(SAMPLES, 1, 1.0, 1.0, (), seed=0)
 
