@@ -137,12 +137,12 @@ def test_resumed_run_goes_on_where_it_stopped(run: dict[str, Any]) -> None:
 
 
 def test_packed_sequences_train_on_context_parallel_ranks_of_two_replicas(tiny_model_dir: Path, tmp_path: Path) -> None:
-    write_problems(tmp_path / "problems.jsonl", 60)  # one epoch, so that no prompt comes twice
+    write_problems(tmp_path / "problems.jsonl", 40)
     write_config(tmp_path / "run.toml", tiny_model_dir, tmp_path / "run", tmp_path / "problems.jsonl")
     layout = ["--parallel.pipeline=1", "--parallel.context=2", "--parallel.data=2", "--train.micro_batch_tokens=96"]
     # A random model earns nothing; the entropy bonus moves it.
     more = ["--rollout.max_response_tokens=8", "--eval.interval=0", "--algorithm.entropy_coef=0.1"]
-    more += ["--profile.steps=1", "--profile.ranks=0,3", "--memory.recompute=full", "--schedule.over_sampling=1.2"]
+    more += ["--profile.steps=1", "--profile.ranks=0,3", "--memory.recompute=full"]
     more += ["--optimizer.overlap_grad_reduce=true", "--optimizer.overlap_param_gather=true"]
     command = [sys.executable, "-m", "megatron_rpp.cli", "train", str(tmp_path / "run.toml"), *layout, *more]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
@@ -154,8 +154,6 @@ def test_packed_sequences_train_on_context_parallel_ranks_of_two_replicas(tiny_m
         assert 0 <= step["train/dp_imbalance"] < 0.05 and step["train/padding_waste"] < 0.3
         groups = Counter(r["prompt_id"] for replica in (0, 1) for r in read_rollouts(tmp_path / "run", number, replica))
         assert len(groups) == 20 and set(groups.values()) == {8}
-        assert step["rollout/groups"] == 20
-        assert 20 + step["rollout/deferred"] <= step["rollout/drawn"] <= 24, "what is put off was drawn"
     assert len(steps) == 2 and abs(steps[1]["kl/mean"]) > 1e-4, "the policy has not moved"
     traces = sorted((tmp_path / "run" / "profile").iterdir())
     assert [path.name for path in traces] == ["step-1-rank-0.json.gz", "step-1-rank-3.json.gz"]
