@@ -1,6 +1,6 @@
 """Weight sync from a trainer to a real SGLang server on this machine: rate, memory, and bytes of deltas.
 
-    python -m benchmarks.weight_sync [--layers 8] [--vocab 16000] [--bucket-mb 64] [--repeats 7] [--dir FOLDER]
+    python -m benchmarks.weight_sync [--layers 20] [--vocab 4000] [--bucket-mb 256] [--repeats 7] [--dir FOLDER]
 
 Makes a random Llama (float32, 1024 wide) in a temporary folder and runs, on CPU over gloo:
 
@@ -201,9 +201,9 @@ def print_deltas(deltas: Sequence[Result]) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=10, help="of 47 MB each")
+    parser.add_argument("--layers", type=int, default=20, help="of 47 MB each")
     parser.add_argument("--vocab", type=int, default=4_000, help="rows of the two embeddings, of 4 KiB each")
-    parser.add_argument("--bucket-mb", type=int, default=64, help="weight_sync.bucket_mb")
+    parser.add_argument("--bucket-mb", type=int, default=256, help="weight_sync.bucket_mb")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dir", help="where to work (default: the system's temporary folder)")
     return parser.parse_args()

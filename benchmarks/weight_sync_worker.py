@@ -116,19 +116,26 @@ def memory(rank: Rank, policy: Model, repeats: int) -> Result:
     """
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
     engine = rank.engine(policy)
-    peaks = [timed_sync(engine, version)["peak_bytes"] for version in range(repeats + 1)]
+    peaks = [peak_of_sync(engine, version) for version in range(repeats + 1)]
     return {"peak_bytes": gather_objects(max(peaks[1:])), "largest_parameter": largest_parameter(policy)}
 
 
 def timed_sync(engine: SyncedRolloutEngine, version: int) -> Result:
-    """One sync: its report, `wall_s` of the whole call, and `peak_bytes` of this rank."""
+    """One sync: its report, and `wall_s` of the whole call."""
+    started = time.perf_counter()
+    engine.sync(version)
+    seconds = time.perf_counter() - started
+    assert engine.last_sync is not None
+    return {**asdict(engine.last_sync), "wall_s": seconds}
+
+
+def peak_of_sync(engine: SyncedRolloutEngine, version: int) -> int:
+    """By how many bytes this rank's resident set rises in one sync."""
     ctypes.CDLL(None).malloc_trim(0)  # what an earlier sync has freed is no part of the level
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
-    before, started = _resident("VmRSS"), time.perf_counter()
+    before = _resident("VmRSS")
     engine.sync(version)
-    seconds, peak = time.perf_counter() - started, _resident("VmHWM") - before
-    assert engine.last_sync is not None
-    return {**asdict(engine.last_sync), "wall_s": seconds, "peak_bytes": peak}
+    return _resident("VmHWM") - before
 
 
 def _resident(key: str) -> int:

@@ -14,8 +14,6 @@ from megatron_rpp.weight_sync.in_flight import InFlight, post_all, stream
 from megatron_rpp.weight_sync.server_group import ServerGroup
 from megatron_rpp.weight_sync.transport import Shipment
 
-_MORE_THAN_SOCKETS_HOLD = 32 * 2**20
-
 
 class BroadcastTransport:
     """Streams buckets into `/update_weights_from_distributed` (gloo on CPU, NCCL on GPU)."""
@@ -65,13 +63,13 @@ class BroadcastTransport:
         }
         replies = post_all("update_weights_from_distributed", dict.fromkeys(shipment.urls, payload), timeout_s)
         works = [group.broadcast(part, timeout_s) for part in bucket.parts]
-        return InFlight(bucket, bucket.nbytes, replies, works, _proves_taken(group, bucket))
+        return InFlight(bucket, bucket.nbytes, replies, works, _proves_taken(group))
 
 
-def _proves_taken(group: ServerGroup, bucket: Bucket) -> bool:
-    """Whether every server must have taken up the request for `bucket` once this rank has sent it.
+def _proves_taken(group: ServerGroup) -> bool:
+    """Whether every server must have taken up a bucket's request once this rank has sent one of its tensors.
 
-    Then the next request cannot overtake it. Gloo sends from rank 0 to the first two others itself, and no
-    connection holds so much.
+    Then the next request cannot overtake it. Gloo sends nothing to who has not asked for it yet, and from rank 0 to
+    the first two others itself.
     """
-    return device.backend() == "gloo" and group.group.size() <= 3 and bucket.nbytes >= _MORE_THAN_SOCKETS_HOLD
+    return device.backend() == "gloo" and group.group.size() <= 3

@@ -66,12 +66,16 @@ def stage_buckets(
 
 
 def payload_bytes(export: StageExport, bucket_bytes: int) -> int:
-    """What a bucket may hold so that two of them and the gather of one parameter fit into two `bucket_bytes`.
+    """What a bucket may hold so that two of them and the making of one parameter fit into two `bucket_bytes`.
 
-    A gather may hold its parameter twice: its shards, and the tensors merged from them.
+    A gather may hold its parameter twice: its shards, and the tensors merged from them. A conversion holds it beside
+    the bucket. What is sent as this rank has it takes nothing more.
     """
     parallel = export.model.parallel
     ranks = max(parallel.tp_size, parallel.etp_size)
+    is_as_held = export.dtype in (None, export.model.config.params_dtype)
+    if ranks == parallel.ep_size == 1 and is_as_held:
+        return bucket_bytes
     sizes = (
         item.parameter.nbytes * (1 if item.dim is None else ranks) for item in sharded_parameters(export.model.chunks)
     )

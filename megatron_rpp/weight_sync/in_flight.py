@@ -43,15 +43,15 @@ class InFlight:
     ) -> None:
         """what: the bucket, named by `str` in errors. nbytes: that this rank sends, once for all servers.
 
-        replies: by URL. works: broadcasts that belong to it. sent_is_taken: once they are done, every server has
-        taken up its request.
+        replies: by URL. works: broadcasts that belong to it. sent_is_taken: once one of them is done, every server
+        has taken up its request.
         """
         self._what, self.nbytes, self._replies, self._works = what, nbytes, replies, works
-        self._sent_is_taken = sent_is_taken and bool(works)
+        self._sent_is_taken = sent_is_taken
 
     def wait_taken(self, deadline: Deadline) -> None:
         """Until the servers' next requests cannot overtake this one. Raises as `wait` does."""
-        self._wait_until(self._is_sent if self._sent_is_taken else self._is_done, deadline)
+        self._wait_until(self._is_taken if self._sent_is_taken else self._is_done, deadline)
 
     def wait(self, deadline: Deadline) -> None:
         """Until all servers have loaded it.
@@ -73,11 +73,12 @@ class InFlight:
             time.sleep(_POLL_S)
         self._raise_refusals()
 
-    def _is_sent(self) -> bool:
-        return all(work.is_completed() for work in self._works)
+    def _is_taken(self) -> bool:
+        return any(work.is_completed() for work in self._works) or self._is_done()
 
     def _is_done(self) -> bool:
-        return self._is_sent() and all(reply.done() for reply in self._replies.values())
+        is_sent = all(work.is_completed() for work in self._works)
+        return is_sent and all(reply.done() for reply in self._replies.values())
 
     def _raise_refusals(self) -> None:
         errors = {url: reply.exception() for url, reply in self._replies.items() if reply.done()}

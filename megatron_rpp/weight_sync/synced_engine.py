@@ -142,7 +142,7 @@ class SyncedRolloutEngine:
         where a server could not be asked.
         """
         config = replace(self._config, verify="full")
-        verification = Verification(self._policy.hf, self._serving(), self.policy_version, self._dtype, config)
+        verification = Verification(self._policy, self._serving(), self.policy_version, self._dtype, config)
         is_leader, deadline = self._policy.parallel.is_stage_leader, self._phases.deadline("verify")
         gather = partial(self._phases.gather_shards, deadline)
         export = StageExport(self._policy, self._dtype, gather, verification.add if is_leader else None)

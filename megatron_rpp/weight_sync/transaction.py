@@ -47,7 +47,7 @@ class Transaction:
     def run(self) -> SyncReport:
         """Raises WeightSyncError on every rank; then no server keeps a version that it was not verified to hold."""
         start = time.monotonic()
-        verification = Verification(self.policy.hf, self.servers, self.version, self.dtype, self.config)
+        verification = Verification(self.policy, self.servers, self.version, self.dtype, self.config)
         self._arrive()
         try:
             self._on_servers("begin", self._begin)

@@ -19,7 +19,8 @@ from megatron_rpp.weight_sync.transport import WeightSyncError
 from megatron_rpp.weight_sync.verification import Verification
 
 GOOD = Server("http://good:1", ServerInfo(8, "cpu"), 0)
-HF: Any = SimpleNamespace(num_layers=2)  # of the model nothing else is asked before a refusal
+# Of the policy nothing else is asked before a refusal.
+POLICY: Any = SimpleNamespace(hf=SimpleNamespace(num_layers=2), chunks=())
 
 
 def odd_server(**info: Any) -> Server:
@@ -33,15 +34,15 @@ def test_a_layout_that_cannot_be_predicted_is_named_with_what_to_change_before_a
     with pytest.raises(ConfigError, match=words):
         check_servers([GOOD, server], None)
     with pytest.raises(WeightSyncError, match=words) as refused:
-        Verification(HF, [GOOD, server], 0, None, WeightSyncConfig())
+        Verification(POLICY, [GOOD, server], 0, None, WeightSyncConfig())
     assert refused.value.servers == {server.url}, "of a newcomer, too, and the others go on"
-    Verification(HF, [GOOD, server], 0, None, WeightSyncConfig(verify="off"))
+    Verification(POLICY, [GOOD, server], 0, None, WeightSyncConfig(verify="off"))
 
 
 def test_a_verification_of_nobody_is_no_proof() -> None:
     for verify in ("full", "off"):
         with pytest.raises(AssertionError, match="nobody to verify"):
-            Verification(HF, [], 0, None, WeightSyncConfig(verify=verify))
+            Verification(POLICY, [], 0, None, WeightSyncConfig(verify=verify))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_a_server_that_quantizes_what_it_is_sent_is_refused(quantization: str, d
         with pytest.raises(ConfigError, match=words):
             check_servers([server], dtype)
         with pytest.raises(WeightSyncError, match=words):
-            Verification(HF, [GOOD, server], 0, dtype, WeightSyncConfig())
+            Verification(POLICY, [GOOD, server], 0, dtype, WeightSyncConfig())
     else:
         check_servers([server], dtype)
         assert why_unverifiable(server, dtype) is None
@@ -83,6 +84,6 @@ def test_a_run_that_verifies_nothing_is_told_what_it_gives_up(
 ) -> None:
     monkeypatch.setattr(build, "_check_float8", lambda config, hf: None)
     monkeypatch.setattr(build, "ServerLayout", lambda hf: None)
-    build.check_weight_sync(Config(weight_sync=WeightSyncConfig(verify=verify)), HF)
+    build.check_weight_sync(Config(weight_sync=WeightSyncConfig(verify=verify)), POLICY.hf)
     told = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(told) == warnings and all("may sample from other weights" in message for message in told)

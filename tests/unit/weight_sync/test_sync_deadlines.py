@@ -32,11 +32,14 @@ class Bucket:
     may_overlap: bool = True
 
 
-class Undone:
-    """A broadcast that does not end."""
+class Work:
+    """A broadcast that has ended or never does."""
+
+    def __init__(self, *, done: bool = False) -> None:
+        self._done = done
 
     def is_completed(self) -> bool:
-        return False
+        return self._done
 
     def wait(self) -> None:
         raise AssertionError("it would hang")
@@ -70,9 +73,22 @@ def test_only_servers_without_a_reply_are_blamed() -> None:
 
 
 def test_where_all_have_replied_no_server_is_blamed() -> None:
-    sent = InFlight("a bucket", 1, {"http://a": reply(done=True)}, [Undone()])  # type: ignore[list-item]
+    sent = InFlight("a bucket", 1, {"http://a": reply(done=True)}, [Work()])  # type: ignore[list-item]
     with pytest.raises(TimeoutError, match=HINT):
         sent.wait(over())
+
+
+@pytest.mark.parametrize("sent", [0, 1])
+def test_the_next_request_waits_until_this_one_cannot_be_overtaken(sent: int) -> None:
+    """It is when a broadcast that belongs to it has ended, where that is a proof, and else when all is loaded."""
+    works: Any = [Work(done=number < sent) for number in range(2)]
+    for is_proof in (True, False):
+        on_its_way = InFlight("a bucket", 1, {"http://a": reply(done=False)}, works, sent_is_taken=is_proof)
+        if is_proof and sent:
+            on_its_way.wait_taken(over())
+        else:
+            with pytest.raises(ExceptionGroup, match="servers are silent"):
+                on_its_way.wait_taken(over())
 
 
 @pytest.mark.parametrize(("has_replied", "blamed"), [(True, set()), (False, {"http://a"})])
