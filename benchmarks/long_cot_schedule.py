@@ -25,7 +25,7 @@ from megatron_rpp.rollout.schedule.settlement import Report, settle
 from megatron_rpp.rollout.schedule.step import Step
 from megatron_rpp.rollout.schedule.tally import Tally
 
-_POLL = 10_000.0  # tokens of time; what ends wakes the one leader anyway
+_POLL = 100.0  # tokens of time
 _SAMPLING = SamplingParams(SAMPLES, 1, 1.0, 1.0, (), seed=0)
 
 

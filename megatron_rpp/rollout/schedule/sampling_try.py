@@ -33,6 +33,9 @@ class Group:
         return sum(len(rollout.response_ids) for rollout in self.rollouts)
 
 
+_GRACE = 0.1
+"""Of the time that awaited groups took: so much longer may others go on."""
+
 SampleIndex = Callable[[int], Coroutine[Any, Any, Group]]
 """Index in the draw -> its group."""
 
@@ -53,6 +56,7 @@ class SamplingTry:
 
     async def run(self, sample: SampleIndex, look: Callable[[Counts], None]) -> None:
         """Raises what `sample` and `look` raise. look: gets the counters now and then."""
+        patience = Patience(asyncio.get_running_loop().time)
         try:
             while True:
                 counts, has_failed = self._tally.look()
@@ -61,9 +65,7 @@ class SamplingTry:
                 is_met = self._step.quota.is_met(counts, elapsed_s)
                 if has_failed:
                     return
-                # While a step with enough groups must wait for some, others that run may end too: put-off ones then
-                # need no wait of their own. Else every step would wait for the tail of an earlier one.
-                if is_met and (not counts.awaited or self._step.quota.is_spent(counts, elapsed_s)):
+                if is_met and (self._step.quota.is_spent(counts, elapsed_s) or patience.is_over(counts.awaited)):
                     self._abort()
                 self._fill(sample, counts, is_met)
                 if not self._open and (is_met or (self._is_empty and self._claim is None)):
@@ -124,3 +126,27 @@ class SamplingTry:
         if index in self._step.awaited:
             self._tally.add(awaited=-1)
         self._tally.add(tokens=group.tokens, **({"kept": 1} if group.is_kept else {"lost": 1}))
+
+
+class Patience:
+    """How long a step that has enough groups lets others go on, while it waits for some and shortly after.
+
+    Those that end need no wait of their own: else every step would wait for the tail of an earlier one. And those that
+    are awaited were started first, so that others which sample to the same limit end just after them.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """clock: in seconds; the sampling begins now."""
+        self._clock, self._began_s = clock, clock()
+        self._has_waited = False
+        self._until_s: float | None = None  # where nothing is awaited any more
+
+    def is_over(self, awaited: int) -> bool:
+        """awaited: groups that are still waited for by a step that has enough."""
+        if awaited:
+            self._has_waited = True
+            return False
+        if self._until_s is None:
+            now_s = self._clock()
+            self._until_s = now_s + (_GRACE * (now_s - self._began_s) if self._has_waited else 0.0)
+        return self._clock() >= self._until_s

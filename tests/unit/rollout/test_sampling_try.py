@@ -18,7 +18,7 @@ from megatron_rpp.experience.types import Prompt
 from megatron_rpp.rollout.protocol import SamplingParams
 from megatron_rpp.rollout.schedule.judge import Judge, RewardFailed
 from megatron_rpp.rollout.schedule.quota import Quota
-from megatron_rpp.rollout.schedule.sampling_try import Group, SamplingTry
+from megatron_rpp.rollout.schedule.sampling_try import Group, Patience, SamplingTry
 from megatron_rpp.rollout.schedule.scheduler import Stopwatch, _start
 from megatron_rpp.rollout.schedule.settlement import Report, settle
 from megatron_rpp.rollout.schedule.step import Step
@@ -130,6 +130,17 @@ def test_only_a_step_that_has_enough_groups_lets_others_run_while_it_waits(
 
     asyncio.run(run())
     assert sorted(part.done) == complete and part.aborted == 6 - len(complete)
+
+
+def test_what_ends_just_after_the_awaited_groups_is_not_put_off_and_nothing_else_has_a_grace() -> None:
+    """At a limit of tokens all end almost at once, and the awaited first, since they were started first."""
+    now = [100.0]
+    waiting, at_once = Patience(lambda: now[0]), Patience(lambda: now[0])
+    for now[0], awaited, is_over in ((110.0, 2, False), (120.0, 1, False), (130.0, 0, False), (132.9, 0, False)):
+        assert waiting.is_over(awaited) == is_over
+    now[0] = 133.0
+    assert waiting.is_over(0), "a tenth of the 30 s that the awaited groups took"
+    assert at_once.is_over(0)
 
 
 def test_what_is_complete_at_the_moment_of_an_error_is_not_lost_and_the_rewards_error_comes_first() -> None:
