@@ -147,7 +147,7 @@ def _resident(key: str) -> int:
 def bucket_sizes(policy: Model, config: Config) -> list[int]:
     """Bytes of each bucket that the broadcast transport will send."""
     export = StageExport(policy, export_dtype(config, policy.hf))
-    largest = payload_bytes(export, config.weight_sync.bucket_mb * 2**20)
+    largest = payload_bytes(export, config.weight_sync.bucket_mb * 2**20, flatten=False)
     return [sum(entry.nbytes for entry in run) for run in plan_buckets(entries_of(export.empty()), largest)]
 
 

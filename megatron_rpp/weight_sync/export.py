@@ -61,19 +61,19 @@ def stage_buckets(
     export: StageExport, tensors: Iterator[NamedTensor], bucket_bytes: int, *, flatten: bool
 ) -> Iterator[Bucket]:
     """`tensors`, those of `export`, in buckets."""
-    plan = plan_buckets(entries_of(export.empty()), payload_bytes(export, bucket_bytes))
+    plan = plan_buckets(entries_of(export.empty()), payload_bytes(export, bucket_bytes, flatten=flatten))
     return fill_buckets(tensors, plan, flatten=flatten)
 
 
-def payload_bytes(export: StageExport, bucket_bytes: int) -> int:
+def payload_bytes(export: StageExport, bucket_bytes: int, *, flatten: bool) -> int:
     """What a bucket may hold so that two of them and the making of one parameter fit into two `bucket_bytes`.
 
-    A gather may hold its parameter twice: its shards, and the tensors merged from them. A conversion holds it beside
-    the bucket. What is sent as this rank has it takes nothing more.
+    A gather may hold its parameter twice: its shards, and the tensors merged from them. A conversion or a flat bucket
+    has it beside the bucket. What is sent as this rank has it takes nothing more.
     """
     parallel = export.model.parallel
     ranks = max(parallel.tp_size, parallel.etp_size)
-    is_as_held = export.dtype in (None, export.model.config.params_dtype)
+    is_as_held = export.dtype in (None, export.model.config.params_dtype) and not flatten
     if ranks == parallel.ep_size == 1 and is_as_held:
         return bucket_bytes
     sizes = (

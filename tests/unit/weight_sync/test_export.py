@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from megatron_rpp.model.export_hf import entries_of
 from megatron_rpp.model.hf_io.safetensors_writer import Entry
-from megatron_rpp.weight_sync.export import Bucket, fill_buckets, plan_buckets, tensors_of
+from megatron_rpp.weight_sync.export import Bucket, fill_buckets, payload_bytes, plan_buckets, tensors_of
 from tests.support.sglang_parts import tensor_bucket
 
 
@@ -94,6 +96,35 @@ def test_a_bucket_keeps_its_bytes_until_the_next_but_one_is_asked_for() -> None:
 
 def test_beside_an_outsize_tensor_no_other_bucket_is_made() -> None:
     assert [bucket.may_overlap for bucket in buckets(named(2, 2, 9, 1, 1), 4)] == [True, False, True]
+
+
+class Chunk(torch.nn.Module):
+    share_embeddings_and_output_weights = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(10))  # 40 bytes
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "ep_size", "dtype", "flatten", "expected"),
+    [
+        (1, 1, None, False, 100),
+        (1, 1, torch.float32, False, 100),
+        (1, 1, torch.bfloat16, False, 60),
+        (1, 1, None, True, 60),
+        (2, 1, None, False, 60),
+        (1, 2, None, False, 60),
+    ],
+    ids=["as held", "in its own dtype", "converted", "flat", "gathered over TP", "gathered over EP"],
+)
+def test_room_is_left_for_the_making_of_a_parameter_where_it_is_not_sent_as_it_is_held(
+    tp_size: int, ep_size: int, dtype: torch.dtype | None, flatten: bool, expected: int
+) -> None:
+    parallel = SimpleNamespace(tp_size=tp_size, etp_size=1, ep_size=ep_size)
+    model = SimpleNamespace(chunks=[Chunk()], parallel=parallel, config=SimpleNamespace(params_dtype=torch.float32))
+    export: Any = SimpleNamespace(model=model, dtype=dtype)
+    assert payload_bytes(export, 100, flatten=flatten) == expected
 
 
 def test_a_tensor_that_was_not_planned_is_an_error_rather_than_shifted_bytes() -> None:
