@@ -18,7 +18,7 @@ from megatron_rpp.config.load import dump_toml
 from megatron_rpp.config.schema import Config
 from megatron_rpp.data.prompt_source import PromptSource
 from megatron_rpp.data.prompts import load_eval_prompts
-from megatron_rpp.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_rpp.data.tokenizer import Tokenizer, check_vocabulary, tokenizer_of
 from megatron_rpp.engine.advantages import ShapingState
 from megatron_rpp.engine.offload import Offload
 from megatron_rpp.engine.optimizer import Optimizer
@@ -150,11 +150,7 @@ def open_session(config: Config, *, resume: Resume) -> Iterator[Session]:
         check_allocator(config, os.environ)
         check_can_compute(config, agreed_layer_spec(config.model.layer_spec))
         uses_fused_logprobs(config.train.fused_logprobs)  # or it cannot be
-        tokenizer = load_tokenizer(
-            config.model.path,
-            trust_remote_code=config.model.trust_remote_code,
-            chat_template_args=config.data.chat_template_args,
-        )
+        tokenizer = tokenizer_of(config, config.model.path)
         hf = read_hf_config(config.model.path)
         check_vocabulary(tokenizer, hf.vocab_size, config.model.path)
         check_weight_sync(config, hf)

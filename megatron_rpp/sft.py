@@ -16,7 +16,7 @@ import torch
 from megatron_rpp.config.allocator import check_allocator
 from megatron_rpp.config.schema import Config, OptimizerConfig
 from megatron_rpp.data.prompts import load_demonstrations
-from megatron_rpp.data.tokenizer import load_tokenizer
+from megatron_rpp.data.tokenizer import tokenizer_of
 from megatron_rpp.engine.heads import SftHead
 from megatron_rpp.engine.optimizer import make_trainable
 from megatron_rpp.engine.overlap import finish_param_gather
@@ -54,11 +54,7 @@ def _train(config: Config, parallel: ParallelContext, watchdog: Watchdog) -> Non
     check_allocator(config, os.environ, syncs=False)
     check_can_compute(config, agreed_layer_spec(config.model.layer_spec))
     uses_fused_logprobs(config.train.fused_logprobs)  # or it cannot be
-    tokenizer = load_tokenizer(
-        sft.init,
-        trust_remote_code=config.model.trust_remote_code,
-        chat_template_args=config.data.chat_template_args,
-    )
+    tokenizer = tokenizer_of(config, sft.init)
     demonstrations = load_demonstrations(sft.data, tokenizer, config.data, max_tokens=config.rollout.context_length)
     model, optimizer = make_trainable(
         build_model(config, parallel, path=sft.init), _optimizer_config(config), sft.steps

@@ -13,15 +13,11 @@ def check_prompts(config: Config, command: Literal["train", "sft"]) -> list[str]
     Rows behind them are for the ranks, which tokenize all before they build anything.
     """
     from megatron_rpp.data.first_prompts import longest_demonstration, longest_prompts  # these import torch
-    from megatron_rpp.data.tokenizer import check_vocabulary, load_tokenizer
+    from megatron_rpp.data.tokenizer import check_vocabulary, tokenizer_of
     from megatron_rpp.model.hf_mapping import read_hf_config
 
     path = config.sft.init if command == "sft" else config.model.path
-    tokenizer = load_tokenizer(
-        path,
-        trust_remote_code=config.model.trust_remote_code,
-        chat_template_args=config.data.chat_template_args,
-    )
+    tokenizer = tokenizer_of(config, path)
     check_vocabulary(tokenizer, read_hf_config(path).vocab_size, path)
     found = [longest_demonstration(config, tokenizer)] if command == "sft" else longest_prompts(config, tokenizer)
     return [str(longest) for longest in found]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_rpp.config.schema import Config
 from megatron_rpp.experience.chat import Chat
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
@@ -49,6 +50,15 @@ class Tokenizer(Protocol):
     def apply_chat_template(self, chat: Chat) -> list[int]:
         """Token ids of `render_chat(chat)`."""
         ...
+
+
+def tokenizer_of(config: Config, path: str | Path) -> Tokenizer:
+    """That of the model at `path`, as `config` wants it. Raises ValueError as `load_tokenizer`."""
+    return load_tokenizer(
+        path,
+        trust_remote_code=config.model.trust_remote_code,
+        chat_template_args=config.data.chat_template_args,
+    )
 
 
 def load_tokenizer(
