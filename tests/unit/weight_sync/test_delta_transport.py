@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -103,10 +104,10 @@ def test_servers_are_asked_at_once() -> None:
     """Each answers only when all have been asked."""
     all_asked = threading.Barrier(3, timeout=10)
 
-    def answer(path: str) -> tuple[int, Any]:
+    def answer(fake: Fake, path: str) -> tuple[int, Any]:
         if path == "/weights_checker":
             all_asked.wait()
         return fake.answer(path)
 
-    fake = Fake("a.weight: too small")
-    assert len(failures_of(answer, answer, answer)) == 3
+    servers = [partial(answer, Fake("a.weight: too small")) for _ in range(3)]
+    assert len(failures_of(*servers)) == 3
