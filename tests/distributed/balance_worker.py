@@ -68,7 +68,8 @@ def config_of(model: str, layout: ParallelConfig, mode: str) -> Config:
         algorithm=algorithm_config("openrlhf_baseline", kl_coef=0.0),
         rollout=RolloutConfig(num_prompts=PROMPTS, context_length=LONGEST, max_response_tokens=LONGEST - 5),
         train=TrainConfig(batch_size=8, micro_batch_size=2, micro_batch_tokens=MODES[mode]),
-        optimizer=OptimizerConfig(lr=1e-3),
+        # With the usual epsilon Adam makes a step of the rate out of a gradient that is nothing but rounding.
+        optimizer=OptimizerConfig(lr=1e-3, adam_eps=1e-5),
     )
 
 
