@@ -178,8 +178,12 @@ def test_layout_and_microbatches_change_neither_advantages_nor_loss_nor_gradient
         assert (found[name] - expected[name]).abs().max() < 1e-5, name
     assert (found["advantages"] - expected["advantages"]).abs().max() < 1e-10
     assert found["sums"].keys() == expected["sums"].keys()
+    # A loss is what is left of terms as large as the advantages, which cancel; their rounding does not.
+    trained = expected["advantages"][expected["advantages"] != 0]
+    terms = {name: trained.abs().mean().item() for name in expected["sums"] if name.startswith("loss/")}
     for name, value in expected["sums"].items():
-        assert found["sums"][name].item() == pytest.approx(value.item(), rel=1e-6, abs=1e-7), name
+        allowed = max(1e-7, 1e-6 * terms.get(name, 0.0))
+        assert found["sums"][name].item() == pytest.approx(value.item(), rel=1e-6, abs=allowed), name
     assert found["gradients"].keys() == expected["gradients"].keys()
     for name, gradient in expected["gradients"].items():
         error = (found["gradients"][name] - gradient).norm() / gradient.norm()

@@ -91,9 +91,9 @@ class Receiver:
             raise Refused("weights came outside an update session, or while generation was not paused")
         bucket = tensor_bucket().FlattenedTensorBucket.empty(body["names"], body["dtypes"], body["shapes"], "cpu")
         flat, named = bucket.get_flattened_tensor(), bucket.reconstruct_tensors()
-        for tensor in [flat] if body["load_format"] == "flattened_bucket" else [tensor for _, tensor in named]:
-            dist.broadcast(tensor, src=0, group=self._groups[body["group_name"]])
-        with self._lock:
+        with self._lock:  # one after the other, as in SGLang's scheduler
+            for tensor in [flat] if body["load_format"] == "flattened_bucket" else [tensor for _, tensor in named]:
+                dist.broadcast(tensor, src=0, group=self._groups[body["group_name"]])
             self._bucket_sizes.append(flat.numel())
             self._keep((name, tensor.clone()) for name, tensor in named)
         return {}
