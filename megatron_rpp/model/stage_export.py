@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import torch
 from megatron.core.fp8_utils import is_first_last_bf16_layer
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megatron_rpp.model.build import Model
 from megatron_rpp.model.export_hf import empty_hf_tensors, hf_tensors
 from megatron_rpp.model.hf_io.fp8_blocks import SCALE_SUFFIX, is_quantized, quantize, scale_shape
 from megatron_rpp.model.hf_mapping import family_of
-from megatron_rpp.parallel.collectives import gather_shards
+from megatron_rpp.parallel.collectives import GatherShards, gather_shards
 
 NamedTensor = tuple[str, Tensor]
 
@@ -26,12 +25,12 @@ class StageExport:
     dtype: of all but what keeps its own (a router's selection bias); None: as the model holds it;
     float8_e4m3fn: the projections in 128 x 128 blocks beside their scales, the rest in bfloat16. A model that is
     trained in such blocks has theirs, and the layers that it keeps in bfloat16 stay so.
-    gather: the equally shaped shards of a group's ranks. watch: sees each tensor before anyone else.
+    watch: sees each tensor before anyone else.
     """
 
     model: Model
     dtype: torch.dtype | None = None
-    gather: Callable[[Tensor, ProcessGroup], list[Tensor]] = gather_shards
+    gather: GatherShards = gather_shards
     watch: Callable[[str, Tensor], None] | None = None
 
     @property

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -125,18 +125,31 @@ def on_rank_0(
         raise raises(failed)
 
 
-def gather_shards(shard: Tensor, group: ProcessGroup, timeout: timedelta | None = None) -> list[Tensor]:
-    """The equally shaped shards of every rank of `group`, in rank order, end to end in one buffer.
+class GatherShards(Protocol):
+    """What `gather_shards` does, without its timeout."""
 
+    def __call__(self, shard: Tensor, group: ProcessGroup, ranks: Sequence[int] | None = None) -> list[Tensor]: ...
+
+
+def gather_shards(
+    shard: Tensor, group: ProcessGroup, ranks: Sequence[int] | None = None, timeout: timedelta | None = None
+) -> list[Tensor]:
+    """The equally shaped shards of `ranks` of `group` (None: of all, in their order), end to end in one buffer.
+
+    Every rank of the group calls it, and gets them; that of a rank which is not asked for gives its shape alone.
     timeout: RuntimeError past it, and the group is lost; None: the group's own.
     """
     if group.size() == 1:
         return [shard]
-    whole = shard.new_empty((group.size(), *shard.shape))
+    sources = range(group.size()) if ranks is None else ranks
+    whole = shard.new_empty((len(sources), *shard.shape))
     parts = list(whole.unbind())
-    if dist.get_backend(group) == "gloo":  # whose all-gather holds another copy of the whole
-        parts[group.rank()].copy_(shard)
-        works = [dist.broadcast(part, group=group, group_src=rank, async_op=True) for rank, part in enumerate(parts)]
+    if ranks is not None or dist.get_backend(group) == "gloo":  # whose all-gather holds another copy of the whole
+        works = []
+        for rank, part in zip(sources, parts, strict=True):
+            if rank == group.rank():
+                part.copy_(shard)
+            works.append(dist.broadcast(part, group=group, group_src=rank, async_op=True))
     else:
         works = [dist.all_gather_into_tensor(whole, shard.contiguous(), group=group, async_op=True)]
     for work in works:

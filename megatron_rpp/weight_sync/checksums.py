@@ -43,8 +43,8 @@ class ExpectedChecksums:
     def add(self, name: str, tensor: Tensor) -> None:
         """One whole HF-named tensor in the engine's dtype; it is not changed.
 
-        It is hashed at once where its parameter's earlier parts have come, else held until then (experts under
-        expert parallelism; on GPUs every part, until the last has come), and must keep its values so long.
+        It is hashed at once where its parameter's earlier parts have come, as `hf_tensors` gives them, else held until
+        then (GPUs' hash takes 16 MiB at a time, so that less may wait too); it must keep its values so long.
         Raises ValueError for a tensor that comes twice, and for one that the server cannot have as it is.
         """
         if tensor.dtype == torch.float8_e4m3fn or name.endswith(SCALE_SUFFIX):

@@ -77,14 +77,16 @@ class Phases:
             hint = f"; {RAISE_DEADLINE}" if dist.get_rank() == 0 else ""
             raise OutOfStepError(f"{error}{hint}") from error
 
-    def gather_shards(self, deadline: Deadline, shard: Tensor, group: ProcessGroup) -> list[Tensor]:
+    def gather_shards(
+        self, deadline: Deadline, shard: Tensor, group: ProcessGroup, ranks: Sequence[int] | None = None
+    ) -> list[Tensor]:
         """As in collectives. Past the deadline and a quarter of it the group is lost, and with it the job.
 
         Not at the deadline: a rank that a server keeps waiting until then has yet to come to its gathers.
         """
         timeout = timedelta(seconds=deadline.left_s() + deadline.seconds / 4)
         try:
-            return gather_shards(shard, group, timeout)
+            return gather_shards(shard, group, ranks, timeout)
         except RuntimeError as error:
             # Its ranks may now be at different parameters: another gather could join wrong shards, unseen.
             self._lost = f"a gather over ranks {dist.get_process_group_ranks(group)} has failed: {error}"

@@ -47,7 +47,7 @@ class Cutter:
             padding = [*tensor.shape]
             padding[dim] = size - own.shape[dim]
             pieces = [own, tensor.new_zeros(padding)] if padding[dim] else [own]
-            yield pieces if dim == 0 else [torch.cat(pieces, dim)]
+            yield pieces if dim == 0 or len(pieces) == 1 else [torch.cat(pieces, dim)]
 
     def _range(self, axis: Axis, length: int, rank: int) -> tuple[int, int]:
         """(first element, number of elements with padding) of `rank`."""

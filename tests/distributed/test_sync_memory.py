@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.distributed.test_sync_experts import receiver
 from tests.support.rank_server import run_ranks
@@ -25,16 +25,19 @@ def peak_buckets(folder: Path, bucket_mb: int, *settings: str) -> float:
     return float(max(found["peak_bytes"]) / (bucket_mb * 2**20))
 
 
+# Threads, sockets and Python take some MiB, whatever a bucket holds.
+SHAPE = {"vocab_size": 1024, "hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}
+
+
 def test_gathering_over_tp_sending_and_hashing_take_two_buckets_at_most(tmp_path: Path) -> None:
-    shape = LlamaConfig(
-        vocab_size=1024,
-        hidden_size=1024,
-        intermediate_size=704,
-        num_hidden_layers=5,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-    )
+    shape = LlamaConfig(**SHAPE, intermediate_size=704, num_hidden_layers=5, tie_word_embeddings=False)
     LlamaForCausalLM(shape).save_pretrained(tmp_path / "model")  # 110 MiB
-    # Threads, sockets and Python take some MiB, whatever a bucket holds.
     assert 0.5 < peak_buckets(tmp_path, 24, "--parallel.tensor=2") <= 2
+
+
+def test_gathering_over_ep_keeps_no_expert_for_the_hash_of_all_of_them(tmp_path: Path) -> None:
+    """A server has all experts of a layer, here of 2.75 buckets, in two parameters."""
+    experts = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 704, "head_dim": 128}
+    shape = Qwen3MoeConfig(**SHAPE, **experts, num_hidden_layers=2, tie_word_embeddings=False)
+    Qwen3MoeForCausalLM(shape).save_pretrained(tmp_path / "model")  # 310 MiB
+    assert 0.5 < peak_buckets(tmp_path, 48, "--parallel.data=2", "--parallel.expert=2") <= 2

@@ -89,7 +89,7 @@ def export(ranks: list[nn.Module], hf: HFConfig) -> dict[str, Tensor]:
     splits = [[s for s in sharded_parameters([r]) if s.dim is not None and not s.is_tied_copy] for r in ranks]
     answers: Iterator[list[Tensor]] = ([s.parameter.detach() for s in items] for items in zip(*splits, strict=True))
     model: Any = Model([ranks[0]], hf, None, SimpleNamespace(tp_group=None))  # type: ignore[arg-type]
-    return dict(hf_tensors(model, gather=lambda local, group: next(answers)))
+    return dict(hf_tensors(model, gather=lambda shard, group, ranks=None: next(answers)))
 
 
 @pytest.mark.parametrize("tp", [1, 2])
