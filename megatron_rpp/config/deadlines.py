@@ -32,7 +32,8 @@ def phase_deadline_s(config: Config, name: str) -> float:
     verifying_s = _verifying_s(config)
     rounds = MOST_ROUNDS if config.schedule.dynamic_sampling else 1
     rollout_s = rounds * (sampling_s + tries * _judging_s(config))
-    own = {"rollout": rollout_s, "reward": verifying_s, "parity": sync_s, "sync": sync_s}
+    parity_s = sync_s + rollout.request_deadline_s  # weights are compared, then servers score tokens again
+    own = {"rollout": rollout_s, "reward": verifying_s, "parity": parity_s, "sync": sync_s}
     return own.get(name, 2 * (sampling_s + verifying_s) if name in ("eval", "baseline") else 0.0)
 
 

@@ -45,6 +45,11 @@ def test_groups_that_are_judged_on_the_way_lengthen_the_wait_for_a_leader() -> N
     assert phase_deadline_s(build(LIMITS), "rollout") == sampling_s
 
 
+def test_servers_that_score_tokens_again_have_a_requests_time_beside_that_of_comparing_weights() -> None:
+    comparing_s = phase_deadline_s(build(LIMITS), "sync")
+    assert phase_deadline_s(build(LIMITS), "parity") == comparing_s + 10.0
+
+
 @pytest.mark.parametrize("changes", [{}, {"schedule.dynamic_sampling": True}, {"reward.batch_time_limit_s": 1e4}])
 def test_no_collective_gives_up_before_its_phase_is_over(changes: dict[str, Any]) -> None:
     config = build(changes)
