@@ -38,8 +38,8 @@ Demonstration = tuple[list[int], list[int]]  # (prompt ids, response ids with th
 REPORT_EVERY = 50
 
 
-def run(config: Config) -> None:
-    """Train sft.init on sft.data and write sft.output. Every rank calls it."""
+def run(config: Config) -> int:
+    """Train sft.init on sft.data and write sft.output. Every rank calls it. Returns the exit code, 0."""
     parallel = bootstrap.initialize(
         config.parallel, config.run.seed, run_dir=config.run.dir, graph_generators=config.train.cuda_graphs
     )
@@ -47,6 +47,7 @@ def run(config: Config) -> None:
     with watchdog, ExitStack() as stack, watchdog.telling():
         stack.callback(bootstrap.shutdown)
         _train(config, parallel, watchdog)
+    return 0
 
 
 def _train(config: Config, parallel: ParallelContext, watchdog: Watchdog) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, cast
 
 from megatron_rpp.commands.check import check_prompts
@@ -125,16 +126,18 @@ def check_lines(config: Config, command: str) -> None:
 def _run_rank(arguments: Arguments, config: Config, place: JobPlace) -> int:
     """One rank of the job: the user's mistake becomes one line from rank 0, ours a traceback."""
     from megatron_rpp.observability.logs import setup_logging
-    from megatron_rpp.parallel.rank_process import take_signals
+    from megatron_rpp.parallel.rank_process import left_out_of_collections, take_signals
 
     take_signals(place.launcher, os.environ, saves=arguments.command == "train")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else C++ stacks of lost connections stand before the cause
     try:
-        _check_world_size(config, place)
-        _check(arguments, config, place.rank)
-        make_folders(config, arguments.command)
-        setup_logging(config.run.dir, place.rank)
-        code = _call(arguments, config)
+        with left_out_of_collections():
+            _check_world_size(config, place)
+            _check(arguments, config, place.rank)
+            make_folders(config, arguments.command)
+            setup_logging(config.run.dir, place.rank)
+            loop = _loop(arguments, config)
+        code = loop()
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
@@ -186,16 +189,15 @@ def _check_world_size(config: Config, place: JobPlace) -> None:
         )
 
 
-def _call(arguments: Arguments, config: Config) -> int:
-    """The exit code: 0, or STOPPED."""
+def _loop(arguments: Arguments, config: Config) -> Callable[[], int]:
+    """What gives the exit code: 0, or STOPPED. All that it needs is imported."""
     if arguments.command == "train":
         from megatron_rpp.train import run as train
 
-        return train(config, resume=arguments.resume)
+        return partial(train, config, resume=arguments.resume)
     from megatron_rpp.sft import run as sft
 
-    sft(config)
-    return 0
+    return partial(sft, config)
 
 
 def _usage(command: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -9,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -54,6 +56,20 @@ def spawn_rank(
     finally:
         if out:
             out.close()
+
+
+@contextmanager
+def left_out_of_collections() -> Iterator[None]:
+    """No garbage is collected meanwhile, and no collection ever goes through what is made: imports, which last.
+
+    Torch's and Megatron's are so many objects that each collection of all would hold a step up, rank by rank.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def take_signals(launcher: str, env: Mapping[str, str], *, saves: bool) -> None:

@@ -6,6 +6,7 @@ launcher itself matters, a test starts its job by launch_local or `rpp`.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -61,6 +62,7 @@ def main() -> None:
         action = partial(_rank, importlib.import_module(module), arguments)
         threads = os.listdir("/proc/self/task")
         assert len(threads) == 1, f"a fork of a process with {len(threads)} threads may hang; {module} has started some"
+        gc.freeze()  # ranks share these pages until they are written to
         replies.write(json.dumps(run_forked(world_size, action, Path(logs))) + "\n")
 
 
