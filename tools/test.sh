@@ -3,7 +3,6 @@
 # say when it has ended. Words are pytest's own options, for all.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-unset PYTHONDONTWRITEBYTECODE # hundreds of processes import the same modules
 
 # The longest first; the last two are short, so that both lines end at about the same time.
 printf '%s\0' tests/integration tests/launch tests/unit 'tests/distributed/test_[a-l]*' 'tests/distributed/test_[m-z]*' |

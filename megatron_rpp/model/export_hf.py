@@ -45,7 +45,7 @@ def hf_tensors(
         whole = rule.transform.merge(shards, item.dim, model.hf)
         del shards
         yield from zip(names, whole, strict=True)
-        del whole  # all of them copies: before the next parameter is gathered
+        del whole  # each may be a copy: none is left when the next parameter is gathered
 
 
 def _in_turn(items: Iterable[ShardedParameter]) -> Iterator[tuple[ShardedParameter, int | None]]:

@@ -1,4 +1,7 @@
-"""How far a verified sync raises a trainer rank's resident memory, in units of weight_sync.bucket_mb."""
+"""How far a verified sync raises a trainer rank's resident memory, in units of weight_sync.bucket_mb.
+
+Threads, sockets and Python take some MiB of it, whatever a bucket holds.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from tests.distributed.test_sync_experts import receiver
 from tests.support.rank_server import run_ranks
+
+SHAPE = {"vocab_size": 1024, "hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}
 
 
 def peak_buckets(folder: Path, bucket_mb: int, *settings: str) -> float:
@@ -23,10 +28,6 @@ def peak_buckets(folder: Path, bucket_mb: int, *settings: str) -> float:
     found = json.loads(result.read_text())
     assert found["largest_parameter"] < bucket_mb * 2**20 / 2, "the bound is not meant for those"
     return float(max(found["peak_bytes"]) / (bucket_mb * 2**20))
-
-
-# Threads, sockets and Python take some MiB, whatever a bucket holds.
-SHAPE = {"vocab_size": 1024, "hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}
 
 
 def test_gathering_over_tp_sending_and_hashing_take_two_buckets_at_most(tmp_path: Path) -> None:
